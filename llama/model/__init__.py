@@ -1,0 +1,1 @@
+"""Token ids to logits: the transformer, and what lies beneath it."""

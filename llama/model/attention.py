@@ -1,0 +1,106 @@
+"""Grouped-query attention of a ragged batch over the paged cache.
+
+`attend` is the definition, as plain as the equation. `ragged_attention` is what the model calls: the same
+numbers from fused kernels that read the cache in place and never repeat a key/value head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.model.cache import KVCache
+from llama.model.ragged import RaggedBatch, Segment
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(head_dim)) v, each query seeing the keys up to its own position.
+
+    q: [queries, num_heads, head_dim], the last positions of the sequence. k, v: [context, num_kv_heads,
+    head_dim], all of it. Returns q's shape and dtype; scores and softmax are float32.
+    """
+    queries, num_heads, head_dim = q.shape
+    context, num_kv_heads, _ = k.shape
+    grouped = q.view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim).float()
+    scores = torch.einsum("qkgd,ckd->kgqc", grouped, k.float()) / math.sqrt(head_dim)
+    unseen = torch.ones(queries, context, dtype=torch.bool, device=q.device).triu(context - queries + 1)
+    pattern = scores.masked_fill(unseen, -math.inf).softmax(dim=-1)  # [kv_heads, group, queries, context]
+    return torch.einsum("kgqc,ckd->qkgd", pattern, v.float()).reshape(q.shape).to(q.dtype)
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache | None,
+                     layer: int) -> Tensor:
+    """Every segment's queries over its own context.
+
+    q: [tokens, num_heads, head_dim]; k, v: [tokens, num_kv_heads, head_dim], this step's, already written to
+    the cache where there is one. Returns q's shape.
+    """
+    if cache is None:
+        return _self_attention(q, k, v, batch)
+    outputs, first = [], 0
+    for segment in batch.segments:
+        rows = slice(first, first + segment.length)
+        first = rows.stop
+        if q.device.type == "cpu":
+            outputs.append(_cached_attention(q[rows], k[rows], v[rows], segment, cache, layer))
+        else:
+            context = [torch.cat(part) for part in zip(*(cache.read(layer, run) for run in segment.runs))]
+            outputs.append(attend(q[rows], *context))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _self_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch) -> Tensor:
+    """Whole sequences without a cache. Those of one length are one call; differentiable."""
+    lengths = [segment.length for segment in batch.segments]
+    if len(set(lengths)) > 1:
+        parts = (tensor.split(lengths) for tensor in (q, k, v))
+        return torch.cat([_causal(*(part[None] for part in one))[0] for one in zip(*parts)])
+    q, k, v = (tensor.unflatten(0, (len(lengths), -1)) for tensor in (q, k, v))
+    return _causal(q, k, v).flatten(0, 1)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[sequences, tokens, heads, head_dim], each token seeing itself and what stands before it."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [sequences, heads, tokens, head_dim]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, segment: Segment, cache: KVCache, layer: int) -> Tensor:
+    """One segment on CPU: over each run of the cache where it lies, the parts joined by their softmax sums."""
+    if segment.length == 1:
+        # The query heads of a group become rows that share one key head: each key is read once for all of them.
+        grouped = q.view(cache.keys.shape[2], -1, q.shape[2]).transpose(0, 1)  # [group, kv_heads, head_dim]
+        parts = [_flash(grouped, *cache.read(layer, run)) for run in segment.runs]
+        return _join(parts).transpose(0, 1).reshape(q.shape)
+    parts = [_flash(q, *cache.read(layer, run)) for run in _until(segment.runs, segment.start)]
+    parts.append(_flash(q, k, v, causal=True))
+    return _join(parts)
+
+
+def _until(runs: tuple[tuple[int, int], ...], length: int) -> list[tuple[int, int]]:
+    """The runs cut to their first `length` positions."""
+    kept = []
+    for first, last in runs:
+        last = min(last, first + length)
+        length -= last - first
+        if last > first:
+            kept.append((first, last))
+    return kept
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys: its result [queries, heads, head_dim] and the logarithm of the
+    softmax's sum [queries, heads], with which parts over different keys can be joined."""
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, heads, tokens, head_dim]
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out[0].transpose(0, 1), log_sum[0].transpose(0, 1)
+
+
+def _join(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One softmax from its parts: each weighed by its share of the whole sum (arXiv:2205.14135)."""
+    if len(parts) == 1:
+        return parts[0][0]
+    log_sums = torch.stack([log_sum for _, log_sum in parts])  # [parts, queries, heads]
+    shares = log_sums.softmax(dim=0)[..., None]
+    return sum(out.float() * share for (out, _), share in zip(parts, shares)).to(parts[0][0].dtype)

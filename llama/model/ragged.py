@@ -1,0 +1,55 @@
+"""What the model is given in one step: tokens of many sequences on one axis.
+
+A prefill chunk, a decode and any mixture of them have this one shape. Every matrix sees `[tokens]` rows; only
+attention looks at where one sequence ends and the next begins.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's share of a step: `length` consecutive tokens whose first stands at position `start`.
+
+    runs: the cache slots of positions 0 .. start + length - 1, as half-open ranges in order. Blocks that lie
+    side by side make one run, which the CPU reads as a view. Empty where there is no cache (then start is 0).
+    """
+
+    start: int
+    length: int
+    runs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def end(self) -> int:
+        """Positions that the sequence has once this step has run: its context length."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """The tokens of one step.
+
+    ids, positions: [tokens], int64. slots: [tokens], int64, where in the cache each token's key and value are
+    written; None without a cache. segments: one per sequence, in the order of its tokens. logit_rows: [rows],
+    int64, the tokens whose next-token logits are wanted; None for all.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    slots: Tensor | None = None
+    logit_rows: Tensor | None = None
+
+    @classmethod
+    def whole(cls, ids: Tensor) -> "RaggedBatch":
+        """Complete sequences without a cache, for training, scoring and gradients.
+
+        ids: [tokens] is one sequence, [sequences, tokens] several of the same length.
+        """
+        rows = ids if ids.dim() == 2 else ids[None]
+        count, length = rows.shape
+        positions = torch.arange(length, device=ids.device).repeat(count)
+        return cls(rows.reshape(-1), positions, (Segment(0, length),) * count)

@@ -1,0 +1,138 @@
+"""Llama 3, top to bottom: token ids to logits.
+
+    x = embed[ids]
+    x = x + attention(norm(x))           \\ once for each block
+    x = x + feed_forward(norm(x))        /
+    logits = head(norm(x))
+
+Letters as everywhere in this project: `tokens` is the ragged axis of `RaggedBatch`; weights are [out, in].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.config import LlamaConfig
+from llama.model.attention import ragged_attention
+from llama.model.cache import KVCache
+from llama.model.linear import Linear
+from llama.model.ragged import RaggedBatch
+from llama.model.rope import inverse_frequencies, rotate, rotation
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), in float32, then times a weight in the model's dtype (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)  # [tokens, 1]
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (arXiv:2305.13245, arXiv:2104.09864)."""
+
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.sizes = (config.q_size, config.kv_size, config.kv_size)
+        self.qkv = Linear(config.hidden_size, sum(self.sizes), dtype, device)
+        self.out = Linear(config.q_size, config.hidden_size, dtype, device)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch,
+                cache: KVCache | None) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]; keys and values of these tokens enter the cache."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
+                   for part in self.qkv(x).split(self.sizes, dim=-1))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            cache.write(self.layer, batch.slots, k, v)
+        heads = ragged_attention(q, k, v, batch, cache, self.layer)  # [tokens, num_heads, head_dim]
+        return self.out(heads.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, device)
+        self.down = Linear(config.intermediate_size, config.hidden_size, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [tokens, intermediate]
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on the normalised residual stream and added to it."""
+
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.attention = Attention(config, layer, dtype, device)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.feed_forward = FeedForward(config, dtype, device)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch,
+                cache: KVCache | None) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        x = x + self.attention(self.attention_norm(x), rotary, batch, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Llama(nn.Module):
+    """The whole network. Created uninitialised; `llama.checkpoint.load` fills it.
+
+    dtype: torch.float32, torch.bfloat16 or torch.float16, of weights and activations alike. Norms, rotations,
+    softmax and logits are float32 in any case.
+    """
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu"):
+        super().__init__()
+        self.config = config
+        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed = nn.Embedding.from_pretrained(embedding, freeze=True)
+        self.blocks = nn.ModuleList(Block(config, layer, dtype, device) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.head = Linear(config.hidden_size, config.vocab_size, dtype,
+                           "meta" if config.tie_word_embeddings else device)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+        self.register_buffer("frequencies", inverse_frequencies(config, device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of weights and activations."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embed.weight.device
+
+    def forward(self, batch: RaggedBatch, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits [rows, vocab], float32, of the rows that `batch.logit_rows` asks for."""
+        hidden = self.hidden(batch, cache)
+        return self.logits(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
+
+    def hidden(self, batch: RaggedBatch, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after the last block: [tokens, hidden]."""
+        rotary = rotation(batch.positions, self.frequencies)
+        x = self.embed(batch.ids)  # [tokens, hidden]
+        for block in self.blocks:
+            x = block(x, rotary, batch, cache)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The final norm and the head: [rows, hidden] -> [rows, vocab], float32."""
+        return self.head(self.norm(hidden)).float()
