@@ -1,0 +1,1 @@
+"""Requests to tokens: the scheduler, the blocks of the cache, the sampler. Ids only, no text."""

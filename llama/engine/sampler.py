@@ -1,0 +1,165 @@
+"""Logits to ids and log probabilities: all rows at once, each by its own parameters.
+
+What one row draws depends on its own logits, parameters and (seed, index, position) alone, never on its
+company: a seed means the same by itself, in any batch, and after a preemption.
+"""
+
+from collections.abc import Mapping, Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
+
+# The likeliest tokens nearly always hold the nucleus; only a row that they do not suffice is sorted whole.
+NUM_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What the sampler must know of one row of logits.
+
+    params: with every default filled. seed, index, position: fix the draw. prompt_ids, counts: what the
+    penalties look at; counts holds the generated ids. banned: ids that must not be drawn here.
+    """
+
+    params: SamplingParams
+    seed: int
+    index: int
+    position: int
+    prompt_ids: Ordered[int] = ()
+    counts: Mapping[int, int] | None = None
+    banned: Ordered[int] = ()
+
+
+def sample(logits: Tensor, rows: Ordered[SampleRow]) -> list[TokenLogprob]:
+    """Draw one token a row. logits: [rows, vocab], float32, left as they are."""
+    adjusted = adjust(logits, rows)
+    ids = adjusted.argmax(dim=-1)
+    plain = [place for place, row in enumerate(rows) if row.params.temperature > 0 and not _is_filtered(row.params)]
+    filtered = [place for place, row in enumerate(rows) if row.params.temperature > 0 and _is_filtered(row.params)]
+    for places, draw in ((plain, _draw_from_all), (filtered, _draw_from_likeliest)):
+        if places:
+            chosen = [rows[place] for place in places]
+            temperature = _column([row.params.temperature for row in chosen], logits.device)
+            probabilities = torch.softmax(adjusted[places] / temperature, dim=-1)
+            ids[places] = draw(probabilities, chosen)
+    return log_probabilities(logits, ids.tolist(), [row.params.logprobs for row in rows])
+
+
+def log_probabilities(logits: Tensor, ids: Ordered[int], wanted: Ordered[int | None]) -> list[TokenLogprob]:
+    """Each id with its natural-log probability in its row of raw logits [rows, vocab], and the `wanted` number
+    of likeliest alternatives. Rows that want None get no probability."""
+    results = [TokenLogprob(token_id, None) for token_id in ids]
+    places = [place for place, count in enumerate(wanted) if count is not None]
+    if not places:
+        return results
+    logprobs = torch.log_softmax(logits if len(places) == len(ids) else logits[places], dim=-1)
+    chosen = logprobs.gather(1, torch.tensor([[ids[place]] for place in places], device=logits.device))
+    top, top_ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]))
+    for place, own, values, names in zip(places, chosen[:, 0].tolist(), top.tolist(), top_ids.tolist()):
+        alternatives = tuple(zip(names, values))[:wanted[place]]
+        results[place] = TokenLogprob(ids[place], own, alternatives)
+    return results
+
+
+def adjust(logits: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """Penalties, biases and bans: [rows, vocab]; the input itself where no row asks for any."""
+    adjusted = logits
+    for place, row in enumerate(rows):
+        params, counts = row.params, row.counts or {}
+        repetition = params.repetition_penalty not in (None, 1)
+        penalised = counts and (params.frequency_penalty or params.presence_penalty)
+        if not (repetition or penalised or params.logit_bias or row.banned):
+            continue
+        if adjusted is logits:
+            adjusted = logits.clone()
+        line = adjusted[place]  # [vocab], a view
+        if repetition:
+            ids = torch.tensor([*row.prompt_ids, *counts], device=line.device)
+            values = line[ids]
+            line[ids] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        if penalised:
+            ids, times = (torch.tensor([*items], device=line.device) for items in (counts.keys(), counts.values()))
+            line[ids] -= params.frequency_penalty * times + params.presence_penalty
+        if params.logit_bias:
+            ids, bias = (torch.tensor([*items], device=line.device)
+                         for items in (params.logit_bias.keys(), params.logit_bias.values()))
+            line[ids] += bias
+        if row.banned:
+            line[torch.tensor([*row.banned], device=line.device)] = -torch.inf
+    return adjusted
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """The number in [0, 1) that decides a draw: counter-based, so that it needs no state (Philox,
+    doi:10.1145/2063384.2063405)."""
+    return (int(np.random.Philox(key=[seed, index], counter=position).random_raw()) >> 11) * 2.0**-53
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _draw_from_all(probabilities: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """Inverse transform over the whole vocabulary, in the order of the ids: [rows, vocab] -> [rows]."""
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    return _invert(cumulative, cumulative[:, -1:], rows)
+
+
+def _draw_from_likeliest(probabilities: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """Inverse transform over the likeliest tokens, best first: [rows, vocab] -> [rows].
+
+    Sorted so, top-k, top-p and min-p each keep a beginning; together they keep the shortest.
+    """
+    vocab = probabilities.shape[-1]
+    best, best_ids = probabilities.topk(min(NUM_CANDIDATES, vocab))
+    kept = _num_kept(best, rows)
+    ids = best_ids.gather(1, _invert_kept(best, kept, rows))[:, 0]
+    short = [place for place, (count, row) in enumerate(zip(kept.tolist(), rows))
+             if count == best.shape[-1] < vocab and count != row.params.top_k]
+    for place in short:  # a flat row: its candidates go on past the first NUM_CANDIDATES
+        best, best_ids = probabilities[place:place + 1].sort(dim=-1, descending=True, stable=True)
+        row = [rows[place]]
+        ids[place] = best_ids[0, _invert_kept(best, _num_kept(best, row), row)[0, 0]]
+    return ids
+
+
+def _num_kept(best: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """How many of each row's sorted candidates may be drawn, at least one: [rows, candidates] -> [rows]."""
+    num_candidates, device = best.shape[-1], best.device
+    top_k = _column([row.params.top_k if row.params.top_k > 0 else num_candidates for row in rows], device).long()
+    top_k = top_k.clamp(max=num_candidates)
+    top_p, min_p = (_column([getattr(row.params, name) for row in rows], device) for name in ("top_p", "min_p"))
+    cumulative = best.cumsum(dim=-1, dtype=torch.float64)
+    # The nucleus is that of the distribution which top-k left; without top-k, of the whole one.
+    limited = _column([float(row.params.top_k > 0) for row in rows], device).bool()
+    total = torch.where(limited, cumulative.gather(1, top_k - 1), 1.0)
+    in_nucleus = ((cumulative - best) < top_p * total).sum(dim=-1)
+    likely = (best >= min_p * best[:, :1]).sum(dim=-1)
+    # top_p of 1 keeps all, whatever rounding made of the sum.
+    in_nucleus = torch.where(top_p[:, 0] < 1, in_nucleus, num_candidates)
+    return torch.minimum(torch.minimum(top_k[:, 0], in_nucleus), likely).clamp(min=1)
+
+
+def _invert_kept(best: Tensor, kept: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """Which candidate each row draws among its first `kept`: [rows, 1]."""
+    cumulative = best.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative.gather(1, kept[:, None] - 1)
+    drawn = _invert(cumulative, total, rows)[:, None]
+    return torch.minimum(drawn, kept[:, None] - 1)
+
+
+def _invert(cumulative: Tensor, total: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """The first place whose cumulative sum exceeds the row's uniform share of `total`: [rows]."""
+    uniforms = torch.tensor([[uniform(row.seed, row.index, row.position)] for row in rows], dtype=torch.float64,
+                            device=cumulative.device)
+    places = torch.searchsorted(cumulative, uniforms * total, right=True)[:, 0]
+    return places.clamp(max=cumulative.shape[-1] - 1)
+
+
+def _column(values: list[float], device: torch.device) -> Tensor:
+    """[rows, 1], float32."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]

@@ -1,0 +1,336 @@
+"""Who computes what in the next step, and what follows from what came out. No torch: numbers only.
+
+A step serves everyone who waits for their next token, then, with the token budget that is left, prompts: those
+that have begun, oldest first, then new ones in order of arrival. When blocks run out, the youngest running
+sequence gives all of its back and later resumes as if it had only just come; its ids are kept, and so are the
+blocks, in the pool, for as long as nobody needs the room.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+from llama.engine.blocks import BlockPool, root_digest
+from llama.engine.propose import Proposer
+from llama.engine.request import (Event, PromptEvent, QueueFullError, Request, RequestError, TokenEvent,
+                                  TokenLogprob)
+from llama.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine takes on.
+
+    max_context: positions of one sequence. max_running: sequences in one step. step_tokens: tokens of one step
+    while nobody decodes; mixed_step_tokens: while somebody does, and would wait for a long chunk to end.
+    max_queued_requests, max_queued_tokens: what may wait to be started.
+    """
+
+    max_context: int
+    max_running: int = 64
+    step_tokens: int = 512
+    mixed_step_tokens: int = 128
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 4_000_000
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """`length` tokens of a sequence, from position `start` on, the last of them guesses (`draft`)."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens themselves."""
+        return [*self.sequence.ids[self.start:self.start + self.length - len(self.draft)], *self.draft]
+
+    @property
+    def samples(self) -> bool:
+        """Whether this reaches the end of what is known, so that the next token can be drawn."""
+        return self.start + self.length - len(self.draft) == len(self.sequence.ids)
+
+
+@dataclass
+class Plan:
+    """One step: what is computed, after copying blocks that are about to diverge, as (source, target)."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out for one Scheduled.
+
+    draws: per sample (one, or all n of a request right after its prompt), the tokens drawn one after another:
+    one for each of the draft's tokens and one more. prompt: log probabilities of the prompt's tokens from
+    position start + 1 on, as far as this chunk knows them; empty where none are wanted.
+    """
+
+    draws: tuple[tuple[TokenLogprob, ...], ...] = ()
+    prompt: tuple[TokenLogprob, ...] = ()
+
+
+class Scheduler:
+    """The queue, the running sequences and the blocks they hold."""
+
+    def __init__(self, limits: Limits, pool: BlockPool, eos_token_ids: Ordered[int] = (),
+                 proposer: Proposer | None = None, prefix_sharing: bool = True):
+        self.limits = limits
+        self.pool = pool
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.proposer = proposer
+        self.prefix_sharing = prefix_sharing
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.waiting or self.running)
+
+    # ---- requests come and go -------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if it can never run, QueueFullError if too much waits."""
+        self._refuse_impossible(request)
+        queued_tokens = sum(len(sequence.ids) for sequence in self.waiting)
+        if len(self.waiting) >= self.limits.max_queued_requests:
+            raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later")
+        if self.waiting and queued_tokens + len(request.prompt_ids) > self.limits.max_queued_tokens:
+            raise QueueFullError(f"prompts of {queued_tokens} tokens wait already; try again later")
+        params = request.params
+        seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        self.waiting.append(Sequence(request, seed, root_digest(request.salt), num_forks=params.n - 1))
+
+    def _refuse_impossible(self, request: Request) -> None:
+        num_prompt, params, limits = len(request.prompt_ids), request.params, self.limits
+        if num_prompt == 0:
+            raise RequestError("prompt", "the prompt is empty; give at least one token")
+        most = limits.max_context - num_prompt
+        if most < 1:
+            raise RequestError("prompt", f"the prompt has {num_prompt} tokens, and the context is {limits.max_context} "
+                               "tokens; shorten the prompt")
+        if params.max_tokens is not None and params.max_tokens > most:
+            raise RequestError("max_tokens", f"the prompt's {num_prompt} tokens and max_tokens {params.max_tokens} "
+                               f"together exceed the context of {limits.max_context} tokens; lower max_tokens to "
+                               f"at most {most}")
+        if params.n > limits.max_running:
+            raise RequestError("n", f"n is {params.n}, but at most {limits.max_running} sequences run at once")
+        room = self.pool.num_blocks * self.pool.block_size
+        needed = num_prompt + (most if params.max_tokens is None else params.max_tokens)
+        if params.max_tokens is None and num_prompt < room:
+            return  # the answer ends where the room does
+        if needed > room:
+            raise RequestError("max_tokens", f"the prompt and its answer may take {needed} tokens, but the KV cache "
+                               f"holds {room}; lower max_tokens or give the cache more memory")
+
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Forget a request, or its sample `index`, at once, wherever it is. False if there is none such."""
+        leaving = [sequence for sequence in (*self.waiting, *self.running)
+                   if sequence.request.id == request_id and index in (None, sequence.index)]
+        for sequence in leaving:
+            self._remove(sequence)
+        return bool(leaving)
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.pool.release(sequence.table)
+        sequence.table = []
+
+    # ---- plan -----------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do."""
+        plan = Plan()
+        num_decoding = sum(sequence.is_decoding for sequence in self.running)
+        limit = self.limits.mixed_step_tokens if num_decoding else self.limits.step_tokens
+        budget = max(limit - num_decoding, 1)  # for prompts; whoever decodes has its token in any case
+        spare = max(limit - num_decoding, 0)  # for guesses
+        num_running = len(self.running)
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # gave its blocks to an older one just now
+            draft: tuple[int, ...] = ()
+            if sequence.is_decoding:
+                length = 1
+                draft = self._draft(sequence, spare)
+                spare -= len(draft)
+            else:
+                length = min(sequence.num_pending, budget)
+                budget -= length
+            if length and self._make_room(sequence, length + len(draft), plan):
+                plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length + len(draft), draft))
+        preempted = len(self.running) < num_running
+        while budget > 0 and self.waiting and not preempted and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            length = min(sequence.num_pending, budget)
+            budget -= length
+            self._make_room(sequence, length, plan)
+            plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
+        return plan
+
+    def _draft(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """Guesses for the sequence's next tokens, never past the end that it is allowed."""
+        if self.proposer is None:
+            return ()
+        most = min(most, self._max_ids(sequence) - len(sequence.ids) - 1)
+        return self.proposer.propose(sequence, most) if most > 0 else ()
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Start a waiting sequence on the longest prefix that the pool still has, if all of it will fit."""
+        if len(self.running) + self._num_pending_forks() + 1 + sequence.num_forks > self.limits.max_running:
+            return False
+        block_size = self.pool.block_size
+        shared: list[int] = []
+        if self.prefix_sharing and not sequence.wants_prompt_scores:
+            num_full = (len(sequence.ids) - 1) // block_size  # at least one token is computed, for its logits
+            shared = self.pool.match(sequence.digest(block, block_size) for block in range(num_full))
+        needed = -(-len(sequence.ids) // block_size) - len(shared) + self.pool.num_kept(shared)
+        owed = sum(max(-(-len(other.ids) // block_size) - len(other.table), 1) for other in self.running)
+        if self.running and needed + owed > self.pool.num_available:
+            return False
+        self.pool.hold(shared)
+        sequence.table = list(shared)
+        sequence.num_computed = len(shared) * block_size
+        sequence.num_published = len(shared)
+        return True
+
+    def _num_pending_forks(self) -> int:
+        return sum(sequence.num_forks for sequence in self.running)
+
+    def _make_room(self, sequence: Sequence, length: int, plan: Plan) -> bool:
+        """Give the sequence blocks of its own for its next `length` positions, the youngest's if need be.
+
+        False if the sequence itself was the youngest and had to give way.
+        """
+        block_size = self.pool.block_size
+        first, end = sequence.num_computed, sequence.num_computed + length
+        diverges = first < len(sequence.table) * block_size and self.pool.is_shared(sequence.table[first // block_size])
+        missing = -(-end // block_size) - len(sequence.table)
+        while max(missing, 0) + diverges > self.pool.num_available:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+            diverges = diverges and self.pool.is_shared(sequence.table[first // block_size])
+        if diverges:
+            index = first // block_size
+            source = sequence.table[index]
+            before = sequence.table[index - 1] if index else None
+            [sequence.table[index]] = self.pool.allocate(1, before)
+            self.pool.release([source])
+            plan.copies.append((source, sequence.table[index]))
+        if missing > 0:
+            sequence.table += self.pool.allocate(missing, sequence.table[-1] if sequence.table else None)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._remove(sequence)
+        sequence.num_computed = sequence.num_published = 0
+        self.waiting.appendleft(sequence)
+
+    # ---- commit ---------------------------------------------------------------------------------------------
+
+    def commit(self, plan: Plan, outcomes: Ordered[Outcome]) -> list[Event]:
+        """Enter what a step brought, end what has ended, and report it."""
+        events: list[Event] = []
+        for scheduled, outcome in zip(plan.scheduled, outcomes, strict=True):
+            sequence = scheduled.sequence
+            events += self._score_prompt(scheduled, outcome)
+            sequence.num_computed += scheduled.length - len(scheduled.draft)
+            self._publish(sequence)
+            samples = [sequence, *self._fork(sequence)] if outcome.draws else []
+            for sample, draws in zip(samples, outcome.draws, strict=True):
+                events += self._extend(sample, scheduled.draft, draws)
+        return events
+
+    def _score_prompt(self, scheduled: Scheduled, outcome: Outcome) -> list[PromptEvent]:
+        """Report a prompt's first chunk, and the log probabilities that were not reported before a preemption."""
+        sequence, request_id = scheduled.sequence, scheduled.sequence.request.id
+        events = []
+        if sequence.num_prompt_scored == 0:
+            wanted = sequence.request.params.prompt_logprobs is not None
+            first = (TokenLogprob(sequence.ids[0], None),) if wanted else ()
+            events.append(PromptEvent(request_id, first, num_cached=scheduled.start))
+            sequence.num_prompt_scored = 1
+        known = sequence.num_prompt_scored - scheduled.start - 1  # of outcome.prompt, already reported
+        if outcome.prompt[known:]:
+            events.append(PromptEvent(request_id, outcome.prompt[known:]))
+            sequence.num_prompt_scored += len(outcome.prompt) - known
+        return events
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the blocks that have become full findable by their content."""
+        if not self.prefix_sharing:
+            return
+        block_size = self.pool.block_size
+        while sequence.num_published < sequence.num_computed // block_size:
+            block = sequence.num_published
+            self.pool.publish(sequence.table[block], sequence.digest(block, block_size))
+            sequence.num_published += 1
+
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        """Split the other samples off a sequence whose prompt is computed."""
+        forks = [sequence.fork(index) for index in range(1, 1 + sequence.num_forks)]
+        sequence.num_forks = 0
+        place = self.running.index(sequence) + 1
+        self.running[place:place] = forks
+        for fork in forks:
+            self.pool.hold(fork.table)
+        return forks
+
+    def _extend(self, sequence: Sequence, draft: tuple[int, ...], draws: tuple[TokenLogprob, ...]) -> list[TokenEvent]:
+        """Append drawn tokens, as long as each guess before was what was drawn. Guesses that came true are
+        computed already; what was drawn in place of a wrong one is exactly what would have been drawn without."""
+        events = []
+        for position, draw in enumerate(draws):
+            sequence.append(draw.token_id)
+            reason, stop_reason = self._finish(sequence)
+            reported = draw if sequence.request.params.logprobs is not None else None
+            events.append(TokenEvent(sequence.request.id, sequence.index, draw.token_id, reported, reason, stop_reason))
+            if reason:
+                self._remove(sequence)
+                break
+            if position == len(draft) or draft[position] != draw.token_id:
+                break
+            sequence.num_computed += 1
+        if draft:
+            sequence.learn(len(draft), len(events) - 1)
+        if sequence in self.running:
+            self._publish(sequence)
+        return events
+
+    def _finish(self, sequence: Sequence) -> tuple[str | None, int | None]:
+        """Whether the token just appended is a sequence's last, and why."""
+        params, token_id = sequence.request.params, sequence.ids[-1]
+        if sequence.num_generated > params.min_tokens or params.min_tokens == 0:
+            if token_id in params.stop_token_ids:
+                return "stop", token_id
+            if token_id in self.eos_token_ids and not params.ignore_eos:
+                return "stop", None
+        if len(sequence.ids) >= self._max_ids(sequence):
+            return "length", None
+        return None, None
+
+    def _max_ids(self, sequence: Sequence) -> int:
+        """How long a sequence may become, prompt included."""
+        most = min(self.limits.max_context, self.pool.num_blocks * self.pool.block_size)
+        max_tokens = sequence.request.params.max_tokens
+        return most if max_tokens is None else min(most, sequence.num_prompt + max_tokens)
+
+    def check(self) -> None:
+        """Raise AssertionError unless sequences and pool agree."""
+        for sequence in self.running:
+            assert len(sequence.table) * self.pool.block_size >= sequence.num_computed
+        assert not any(sequence.table for sequence in self.waiting), "a waiting sequence holds blocks"
+        self.pool.check(sequence.table for sequence in self.running)

@@ -1,0 +1,263 @@
+"""The Python interface: a checkpoint directory to something that can be asked.
+
+    llm = Llama.load()                                   the embedded demo model
+    llm = Llama.load("meta-llama/Llama-3.1-8B-Instruct") a directory, or a hub id
+    llm.chat([{"role": "user", "content": "Hello"}]).text
+"""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.load import load_model
+from llama.checkpoint.pull import resolve
+from llama.completion import Completion, Delta, RequestReader
+from llama.config import ConfigError, LlamaConfig, read_json_object, read_token_ids
+from llama.engine.engine import BLOCK_SIZE, SCORED_ROWS, Engine
+from llama.engine.propose import PromptLookup
+from llama.engine.request import Event, QueueFullError, Request, RequestError, SamplingParams
+from llama.engine.scheduler import Limits
+from llama.machine import available_memory
+from llama.model.cache import KVCache
+from llama.model.ragged import RaggedBatch, Segment
+from llama.model.transformer import Llama as Transformer
+from llama.text.chat import ChatTemplate
+from llama.text.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parent / "demo"
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class Llama:
+    """A loaded checkpoint: model, tokenizer, chat template, and the engine that runs requests on them.
+
+    May be used from several threads: whoever waits for tokens drives the engine, one at a time.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None, engine: Engine,
+                 defaults: SamplingParams, directory: Path):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.engine = engine
+        self.defaults = defaults
+        self.directory = directory
+        self._ids = itertools.count()
+        self._inboxes: dict[str, deque[Event]] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, name: str | Path | None = None, *, dtype: str | None = None, device: str = "cpu",
+             max_context: int | None = None, kv_cache_bytes: int | None = None, prompt_lookup: bool = False,
+             limits: Mapping[str, int] | None = None, progress: bool | None = None) -> "Llama":
+        """Load a checkpoint: a directory, or a hub id such as meta-llama/Llama-3.1-8B-Instruct; None: the demo.
+
+        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. max_context: positions at most;
+        by default what the model was made for. kv_cache_bytes: memory for keys and values; by default as much as
+        the requests that may run together can use, but at most half of what is free. prompt_lookup: guess repeated
+        text ahead (`llama.engine.propose`). limits: fields of `llama.engine.scheduler.Limits` to set otherwise.
+        progress: whether to show a bar; by default on a terminal.
+
+        Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
+        """
+        directory = DEMO if name is None else resolve(str(name))
+        tokenizer = Tokenizer.from_directory(directory)
+        template = ChatTemplate.from_directory(directory)
+        defaults, eos_token_ids = read_generation_config(directory)
+        model = load_model(directory, dtype=dtype, device=device, progress=progress)
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+                              f"{config.vocab_size}; they are not of one checkpoint")
+        max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
+        limits = Limits(max_context=max_context, **(limits or {}))
+        num_blocks = _num_blocks(config, model.dtype, limits, kv_cache_bytes)
+        engine = Engine(model, limits, num_blocks, eos_token_ids or config.eos_token_ids,
+                        PromptLookup() if prompt_lookup else None)
+        return cls(model, tokenizer, template, engine, defaults, directory)
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape."""
+        return self.model.config
+
+    # ---- asking ---------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+                 ) -> Completion | list[Any]:
+        """Continue a text or token ids; or a list of those, all at once.
+
+        Text gets the beginning-of-text token before it; ids are taken as they are. Returns a Completion, or with
+        params.n > 1 a list of them; for a list of prompts a list of these. Raises RequestError, GenerationError.
+        """
+        params = params or SamplingParams()
+        if _is_one_prompt(prompt):
+            [completions] = self._complete([self._encode(prompt)], params)
+            return completions[0] if params.n == 1 else completions
+        results = self._complete([self._encode(one) for one in prompt], params)
+        return [completions[0] for completions in results] if params.n == 1 else results
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
+             ) -> Completion | list[Completion]:
+        """Answer a conversation. `template` takes the options of `ChatTemplate.render`: tools, date_string, ...
+
+        Raises ChatError where the messages are malformed or the checkpoint has no template; RequestError.
+        """
+        return self.generate(self.encode_chat(messages, **template), params)
+
+    def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None, **template: Any
+               ) -> Iterator[Delta]:
+        """The same as `chat` for messages and `generate` for a prompt, delta by delta.
+
+        There is one for each token; its text is "" while that may still become part of a character or a stop
+        string. Closing the iterator cancels what is not yet generated.
+        """
+        is_chat = bool(prompt) and isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
+        ids = self.encode_chat(prompt, **template) if is_chat else self._encode(prompt)
+        params = (params or SamplingParams()).with_defaults(self.defaults)
+        return self._deltas(self._submit(ids, params), RequestReader(self.tokenizer, params, len(ids)))
+
+    def encode_chat(self, messages: Sequence[Message], **template: Any) -> list[int]:
+        """The prompt's ids for a conversation, as the checkpoint's template writes it."""
+        if self.template is None:
+            raise RequestError("messages", f"{self.directory} has no chat template; use generate() with a prompt")
+        return self.template.encode(self.tokenizer, messages, **template)
+
+    # ---- measuring ------------------------------------------------------------------------------------------
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Next-token logits after each of the ids: [len(ids), vocab], float32."""
+        return torch.cat([self.model.logits(hidden) for hidden in self._hidden(ids)])
+
+    def score(self, ids: Sequence[int]) -> Tensor:
+        """Natural-log probability of each id given those before it: [len(ids) - 1], float32; the first has none."""
+        scores, first = [], 1
+        targets = torch.tensor(ids, device=self.model.device)
+        for chunk in self._hidden(ids):
+            for hidden in chunk.split(SCORED_ROWS):
+                logprobs = torch.log_softmax(self.model.logits(hidden), dim=-1)
+                wanted = targets[first:first + len(hidden)]
+                scores.append(logprobs[:len(wanted)].gather(1, wanted[:, None])[:, 0])
+                first += len(hidden)
+        return torch.cat(scores)
+
+    @torch.inference_mode()
+    def _hidden(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The final residual stream of a whole text, chunk by chunk over a cache of its own."""
+        if not 0 < len(ids) <= self.config.max_position_embeddings:
+            raise RequestError("prompt", f"{len(ids)} ids; give at least one, and at most "
+                               f"{self.config.max_position_embeddings}")
+        device, step = self.model.device, self.engine.scheduler.limits.step_tokens
+        cache = KVCache(self.config, 1, len(ids), self.model.dtype, device)
+        for start in range(0, len(ids), step):
+            positions = torch.arange(start, min(start + step, len(ids)), device=device)
+            segment = Segment(start, len(positions), ((0, start + len(positions)),))
+            batch = RaggedBatch(torch.tensor(ids[start:start + step], device=device), positions, (segment,), positions)
+            yield self.model.hidden(batch, cache)
+
+    # ---- driving the engine ---------------------------------------------------------------------------------
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+
+    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
+        """All prompts to their ends, as many together as the engine takes."""
+        params = params.with_defaults(self.defaults)
+        readers: dict[str, RequestReader] = {}
+        try:
+            for ids in prompts:
+                readers[self._submit(ids, params)] = RequestReader(self.tokenizer, params, len(ids))
+            for name, reader in readers.items():
+                for _ in self._deltas(name, reader):
+                    pass
+        finally:
+            for name in readers:
+                self._forget(name)
+        return [reader.completions() for reader in readers.values()]
+
+    def _submit(self, ids: Iterable[int], params: SamplingParams) -> str:
+        """Queue a request, stepping until the queue has room. Its name is what its events are found under."""
+        request = Request(f"request-{next(self._ids)}", tuple(ids), params)
+        while True:
+            with self._lock:
+                try:
+                    self.engine.submit(request)
+                    self._inboxes[request.id] = deque()
+                    return request.id
+                except QueueFullError:
+                    self._step()
+
+    def _deltas(self, name: str, reader: RequestReader) -> Iterator[Delta]:
+        """Step until the request is done, or the caller has had enough."""
+        try:
+            while not reader.is_done:
+                with self._lock:
+                    if not self._inboxes[name]:
+                        self._step()
+                    events = list(self._inboxes[name])
+                    self._inboxes[name].clear()
+                for event in events:
+                    delta = reader.read(event)
+                    if delta is None:
+                        continue
+                    if isinstance(delta.stop_reason, str):  # the engine does not see text: it would go on
+                        with self._lock:
+                            self.engine.cancel(name, delta.index)
+                    yield delta
+        finally:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Cancel what is left of a request, and drop its events."""
+        with self._lock:
+            self.engine.cancel(name)
+            self._inboxes.pop(name, None)
+
+    def _step(self) -> None:
+        """One step of the engine, its events put where their readers look for them."""
+        for event in self.engine.step():
+            if event.request_id in self._inboxes:
+                self._inboxes[event.request_id].append(event)
+
+
+def read_generation_config(directory: Path) -> tuple[SamplingParams, tuple[int, ...]]:
+    """Sampling defaults and end-of-turn ids of generation_config.json; without the file, Llama's usual ones.
+
+    Raises ConfigError that names the file.
+    """
+    path = Path(directory) / "generation_config.json"
+    raw = read_json_object(path) if path.is_file() else {}
+    try:
+        greedy = raw.get("do_sample") is False
+        defaults = SamplingParams(
+            temperature=0.0 if greedy else raw.get("temperature", 0.6),
+            top_p=raw.get("top_p", 0.9),
+            top_k=raw.get("top_k") or -1,
+            repetition_penalty=raw.get("repetition_penalty", 1.0),
+        )
+        return defaults, read_token_ids(raw, "eos_token_id")
+    except (ConfigError, RequestError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _num_blocks(config: LlamaConfig, dtype: torch.dtype, limits: Limits, kv_cache_bytes: int | None) -> int:
+    """Blocks of the KV cache within its memory. Raises ConfigError if that is less than one."""
+    block_bytes = BLOCK_SIZE * config.kv_bytes_per_token(str(dtype).removeprefix("torch."))
+    useful = limits.max_running * -(-limits.max_context // BLOCK_SIZE)
+    budget = available_memory() // 2 if kv_cache_bytes is None else kv_cache_bytes
+    if budget < block_bytes:
+        raise ConfigError(f"{budget} bytes for the KV cache hold not one block of {BLOCK_SIZE} positions, which "
+                          f"takes {block_bytes}; give kv_cache_bytes more")
+    return min(useful, budget // block_bytes)
+
+
+def _is_one_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
