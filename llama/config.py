@@ -61,6 +61,12 @@ class LlamaConfig:
                               "evenly; num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta is {self.rope_theta}; it must be above 1")
+        if self.rms_norm_eps <= 0:
+            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps}; it must be above 0")
+        if self.bos_token_id is not None and self.bos_token_id < 0:
+            raise ConfigError(f"bos_token_id is {self.bos_token_id}; it must be at least 0")
 
     @property
     def group_size(self) -> int:
@@ -101,8 +107,9 @@ class LlamaConfig:
         for name, read in (("config.json", cls.from_dict), ("params.json", cls.from_params)):
             path = directory / name
             if path.is_file():
+                raw = read_json_object(path)
                 try:
-                    return read(read_json_object(path))
+                    return read(raw)
                 except ConfigError as error:
                     raise ConfigError(f"{path}: {error}") from None
         raise ConfigError(f"{directory} holds neither config.json nor params.json; "
@@ -154,7 +161,10 @@ class LlamaConfig:
         multiple_of = _number(raw, "multiple_of", int, 256)
         if multiple_of < 1:
             raise ConfigError(f"multiple_of is {multiple_of}; it must be at least 1")
-        inner = int(_number(raw, "ffn_dim_multiplier", float, 1.0) * int(8 * dim / 3))
+        multiplier = _number(raw, "ffn_dim_multiplier", float, 1.0)
+        if not 0 < multiplier <= 100:
+            raise ConfigError(f"ffn_dim_multiplier is {multiplier}; it must be above 0 and at most 100")
+        inner = int(multiplier * int(8 * dim / 3))
         scaled = _flag(raw, "use_scaled_rope")
         # Meta ties the head in 3.2 1B and 3B only, and scales those by 32; params.json says neither.
         small = scaled and dim in (2048, 3072)
@@ -212,14 +222,24 @@ class LlamaConfig:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError that names the file."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a repeated key, an endless integer
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no key may stand twice: readers disagree on which one counts."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {name!r} stands twice in one object")
+        fields[name] = value
+    return fields
 
 
 def read_token_ids(raw: dict[str, Any], name: str) -> tuple[int, ...]:
@@ -272,38 +292,41 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` or folded into `rope_parameters`."""
-    folded = raw.get("rope_parameters")
-    scaling = raw.get("rope_scaling") if folded is None else folded
-    if scaling is not None and not isinstance(scaling, dict):
-        raise ConfigError(f"rope_scaling must be an object, not {scaling!r}")
-    scaling = dict(scaling or {})
-    holder = scaling if "rope_theta" in scaling else raw
-    theta = _number(holder, "rope_theta", float)
-    scaling.pop("rope_theta", None)
-    if theta <= 1:
-        raise ConfigError(f"rope_theta is {theta}; it must be above 1")
-    if not scaling:
+    field = "rope_scaling" if raw.get("rope_parameters") is None else "rope_parameters"
+    settings = raw.get(field)
+    if settings is not None and not isinstance(settings, dict):
+        raise ConfigError(f"{field} must be an object, not {settings!r}")
+    if field == "rope_parameters" and raw.get("rope_scaling") is not None:
+        raise ConfigError("rope_parameters and rope_scaling are both given; keep the one that is meant")
+    settings = settings or {}
+    numbers = {f"{field}.{name}": value for name, value in settings.items()}  # refused by their full names
+    theta, folded = _number(raw, "rope_theta", float, None), _number(numbers, f"{field}.rope_theta", float, None)
+    if None not in (theta, folded) and theta != folded:
+        raise ConfigError(f"rope_theta is {theta} but {field}.rope_theta is {folded}; keep the one that is meant")
+    theta = _number(raw, "rope_theta", float) if folded is None else folded
+    if not settings.keys() - {"rope_theta"}:
         return theta, None
-    kind = scaling.pop("rope_type", scaling.pop("type", None))
-    scaling.pop("type", None)
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    kind = settings.get("rope_type", settings.get("type"))
+    if kind not in ("llama3", "default"):
         raise ConfigError(f"rope_type {kind!r} is not supported; this code computes 'llama3' and 'default'")
     known = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    for name in sorted(scaling.keys() - known):
-        raise ConfigError(f"rope_scaling.{name} is not a setting of rope_type 'llama3'")
-    low, high = (_number(scaling, name, float) for name in ("low_freq_factor", "high_freq_factor"))
-    factor, original = _number(scaling, "factor", float), _number(scaling, "original_max_position_embeddings", int)
+    unknown = settings.keys() - {"rope_theta", "rope_type", "type"} - (known if kind == "llama3" else set())
+    for name in sorted(unknown):
+        raise ConfigError(f"{field}.{name} is not a setting of rope_type {kind!r}")
+    if kind == "default":
+        return theta, None
+    factor, low, high = (_number(numbers, f"{field}.{name}", float)
+                         for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = _number(numbers, f"{field}.original_max_position_embeddings", int)
     if factor < 1 or not 0 < low < high or original < 1:
-        raise ConfigError(f"rope_scaling {scaling!r} is out of range: factor at least 1, "
+        raise ConfigError(f"{field} {settings!r} is out of range: factor at least 1, "
                           "0 < low_freq_factor < high_freq_factor, original_max_position_embeddings at least 1")
     return theta, RopeScaling(factor, low, high, original)
 
 
 def _read_dtype(raw: dict[str, Any]) -> str:
     name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    if name not in DTYPE_BYTES:
+    if not isinstance(name, str) or name not in DTYPE_BYTES:
         raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
     return name
 
@@ -318,8 +341,8 @@ def _number(raw: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED
         if default is _REQUIRED:
             raise ConfigError(f"{name} is missing")
         return default
-    whole = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
-    if isinstance(value, bool) or not whole:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if not whole and not (kind is float and isinstance(value, float) and math.isfinite(value)):
         raise ConfigError(f"{name} must be {'an integer' if kind is int else 'a finite number'}, not {value!r}")
     return kind(value)
 

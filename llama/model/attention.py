@@ -30,11 +30,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache | None,
-                     layer: int) -> Tensor:
+                     layer: int, deterministic: bool = False) -> Tensor:
     """Every segment's queries over its own context.
 
     q: [tokens, num_heads, head_dim]; k, v: [tokens, num_kv_heads, head_dim], this step's, already written to
-    the cache where there is one. Returns q's shape.
+    the cache where there is one. Returns q's shape. deterministic: a query's result depends on nothing but the
+    query, its keys and its values, to the bit.
     """
     if cache is None:
         return _self_attention(q, k, v, batch)
@@ -42,11 +43,12 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     for segment in batch.segments:
         rows = slice(first, first + segment.length)
         first = rows.stop
-        if q.device.type == "cpu":
-            outputs.append(_cached_attention(q[rows], k[rows], v[rows], segment, cache, layer))
-        else:
+        if deterministic or q.device.type != "cpu":
             context = [torch.cat(part) for part in zip(*(cache.read(layer, run) for run in segment.runs))]
-            outputs.append(attend(q[rows], *context))
+            one_way = _one_by_one if deterministic else attend
+            outputs.append(one_way(q[rows], *context))
+        else:
+            outputs.append(_cached_attention(q[rows], k[rows], v[rows], segment, cache, layer))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -69,13 +71,35 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _cached_attention(q: Tensor, k: Tensor, v: Tensor, segment: Segment, cache: KVCache, layer: int) -> Tensor:
     """One segment on CPU: over each run of the cache where it lies, the parts joined by their softmax sums."""
     if segment.length == 1:
-        # The query heads of a group become rows that share one key head: each key is read once for all of them.
-        grouped = q.view(cache.keys.shape[2], -1, q.shape[2]).transpose(0, 1)  # [group, kv_heads, head_dim]
+        grouped = _group(q, k.shape[1])
         parts = [_flash(grouped, *cache.read(layer, run)) for run in segment.runs]
-        return _join(parts).transpose(0, 1).reshape(q.shape)
+        return _ungroup(_join(parts))
     parts = [_flash(q, *cache.read(layer, run)) for run in _until(segment.runs, segment.start)]
     parts.append(_flash(q, k, v, causal=True))
     return _join(parts)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend`, each query as if it were being decoded: the same call whatever chunk it came in."""
+    rows = []
+    for row, end in zip(q.split(1), range(len(k) - len(q) + 1, len(k) + 1)):
+        if q.device.type == "cpu":
+            out, _ = _flash(_group(row, k.shape[1]), k[:end], v[:end])
+            rows.append(_ungroup(out))
+        else:
+            rows.append(attend(row, k[:end], v[:end]))
+    return torch.cat(rows)
+
+
+def _group(q: Tensor, num_kv_heads: int) -> Tensor:
+    """One query's heads, those of a group as rows that share a key head, so that each key is read once for all of
+    them: [1, num_heads, head_dim] -> [group, num_kv_heads, head_dim]."""
+    return q.view(num_kv_heads, -1, q.shape[2]).transpose(0, 1)
+
+
+def _ungroup(out: Tensor) -> Tensor:
+    """[group, num_kv_heads, head_dim] -> [1, num_heads, head_dim]."""
+    return out.transpose(0, 1).reshape(1, -1, out.shape[2])
 
 
 def _until(runs: tuple[tuple[int, int], ...], length: int) -> list[tuple[int, int]]:

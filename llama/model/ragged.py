@@ -6,6 +6,7 @@ attention looks at where one sequence ends and the next begins.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,3 +54,20 @@ class RaggedBatch:
         count, length = rows.shape
         positions = torch.arange(length, device=ids.device).repeat(count)
         return cls(rows.reshape(-1), positions, (Segment(0, length),) * count)
+
+
+def block_slots(table: np.ndarray, start: int, end: int, block_size: int) -> np.ndarray:
+    """The cache slots of positions start .. end - 1 of a sequence with this block table: [end - start], int64."""
+    positions = np.arange(start, end)
+    return table[positions // block_size] * block_size + positions % block_size
+
+
+def slot_runs(table: np.ndarray, end: int, block_size: int) -> tuple[tuple[int, int], ...]:
+    """`Segment.runs`: the slots of positions 0 .. end - 1, with blocks that lie side by side joined."""
+    breaks = np.flatnonzero(np.diff(table) != 1) + 1
+    runs = []
+    for group in np.split(table, breaks):
+        first, count = int(group[0]) * block_size, min(len(group) * block_size, end)
+        runs.append((first, first + count))
+        end -= count
+    return tuple(runs)

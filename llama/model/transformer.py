@@ -41,6 +41,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         self.layer = layer
+        self.deterministic = False
         self.head_dim = config.head_dim
         self.sizes = (config.q_size, config.kv_size, config.kv_size)
         self.qkv = Linear(config.hidden_size, sum(self.sizes), dtype, device)
@@ -54,8 +55,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             cache.write(self.layer, batch.slots, k, v)
-        heads = ragged_attention(q, k, v, batch, cache, self.layer)  # [tokens, num_heads, head_dim]
-        return self.out(heads.flatten(1))
+        heads = ragged_attention(q, k, v, batch, cache, self.layer, self.deterministic)
+        return self.out(heads.flatten(1))  # from [tokens, num_heads, head_dim]
 
 
 class FeedForward(nn.Module):
@@ -119,6 +120,14 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.embed.weight.device
+
+    def set_deterministic(self, deterministic: bool) -> None:
+        """Whether a token's numbers are the same bits whatever else is in its step and however its sequence was
+        cut into steps. Without it they agree to rounding; with it, products and attention are done in small
+        pieces of one shape."""
+        for module in self.modules():
+            if isinstance(module, Linear | Attention):
+                module.deterministic = deterministic
 
     def forward(self, batch: RaggedBatch, cache: KVCache | None = None) -> Tensor:
         """Next-token logits [rows, vocab], float32, of the rows that `batch.logit_rows` asks for."""

@@ -1,0 +1,13 @@
+"""What every test shares: one thread, no network, and hypothesis without a clock."""
+
+import os
+
+# Before anything imports torch or transformers. A test that wants more threads asks torch for them itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+# The same examples in every run, none kept on disk, and no deadline: a busy machine is no failure.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
