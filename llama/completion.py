@@ -66,6 +66,7 @@ class SampleReader:
         self._index = index
         self._stream = TextStream(tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output,
                                   skip_special_tokens=params.skip_special_tokens)
+        self._num_tokens = 0
         self.is_done = False
 
     def read(self, event: TokenEvent) -> Delta:
@@ -75,8 +76,10 @@ class SampleReader:
             raise GenerationError(event.error)
         reason, stop_reason = event.finish_reason, event.stop_reason
         text = ""
+        self._num_tokens += 1
         if reason != "stop" or (stop_reason is not None and self._params.include_stop_str_in_output):
-            text = self._stream.push(event.token_id)
+            may_stop = self._num_tokens > self._params.min_tokens or self._params.min_tokens == 0
+            text = self._stream.push(event.token_id, may_stop=may_stop)
         if reason is not None:
             text += self._stream.finish()
         if self._stream.stop_match is not None:
@@ -88,8 +91,8 @@ class SampleReader:
 
 @dataclass
 class RequestReader:
-    """Reads all events of one request. `ended_early` are samples that a stop string ended, not the engine: whoever
-    drives the engine cancels them there."""
+    """Reads all events of one request. A sample whose delta names a stop string has ended here, not in the engine:
+    whoever drives the engine cancels it there."""
 
     tokenizer: Tokenizer
     params: SamplingParams

@@ -5,9 +5,6 @@
     llm.chat([{"role": "user", "content": "Hello"}]).text
 """
 
-import itertools
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,19 @@ from torch import Tensor
 
 from llama.checkpoint.load import load_model
 from llama.checkpoint.pull import resolve
-from llama.completion import Completion, Delta, RequestReader
+from llama.completion import Completion, Delta
 from llama.config import ConfigError, LlamaConfig, read_json_object, read_token_ids
+from llama.driver import Driver
+from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE, SCORED_ROWS, Engine
 from llama.engine.propose import PromptLookup
-from llama.engine.request import Event, QueueFullError, Request, RequestError, SamplingParams
+from llama.engine.request import RequestError, SamplingParams
 from llama.engine.scheduler import Limits
 from llama.machine import available_memory
 from llama.model.cache import KVCache
 from llama.model.ragged import RaggedBatch, Segment
 from llama.model.transformer import Llama as Transformer
+from llama.progress import ProgressBar
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ Message = Mapping[str, Any]
 class Llama:
     """A loaded checkpoint: model, tokenizer, chat template, and the engine that runs requests on them.
 
-    May be used from several threads: whoever waits for tokens drives the engine, one at a time.
+    May be used from several threads.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None, engine: Engine,
@@ -50,21 +50,22 @@ class Llama:
         self.engine = engine
         self.defaults = defaults
         self.directory = directory
-        self._ids = itertools.count()
-        self._inboxes: dict[str, deque[Event]] = {}
-        self._lock = threading.Lock()
+        self._driver = Driver(engine, tokenizer)
 
     @classmethod
     def load(cls, name: str | Path | None = None, *, dtype: str | None = None, device: str = "cpu",
              max_context: int | None = None, kv_cache_bytes: int | None = None, prompt_lookup: bool = False,
-             limits: Mapping[str, int] | None = None, progress: bool | None = None) -> "Llama":
+             draft: str | Path | None = None, deterministic: bool = False, limits: Mapping[str, int] | None = None,
+             progress: bool | None = None) -> "Llama":
         """Load a checkpoint: a directory, or a hub id such as meta-llama/Llama-3.1-8B-Instruct; None: the demo.
 
         dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. max_context: positions at most;
         by default what the model was made for. kv_cache_bytes: memory for keys and values; by default as much as
         the requests that may run together can use, but at most half of what is free. prompt_lookup: guess repeated
-        text ahead (`llama.engine.propose`). limits: fields of `llama.engine.scheduler.Limits` to set otherwise.
-        progress: whether to show a bar; by default on a terminal.
+        text ahead (`llama.engine.propose`). draft: a smaller checkpoint with the same tokenizer that guesses instead
+        (`llama.engine.draft`). deterministic: the same bits for a request whatever it shares the engine with, at
+        some cost in speed. limits: fields of `llama.engine.scheduler.Limits` to set otherwise. progress: whether to
+        show bars; by default on a terminal.
 
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
         """
@@ -73,6 +74,7 @@ class Llama:
         template = ChatTemplate.from_directory(directory)
         defaults, eos_token_ids = read_generation_config(directory)
         model = load_model(directory, dtype=dtype, device=device, progress=progress)
+        model.set_deterministic(deterministic)
         config = model.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
@@ -80,8 +82,10 @@ class Llama:
         max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
         limits = Limits(max_context=max_context, **(limits or {}))
         num_blocks = _num_blocks(config, model.dtype, limits, kv_cache_bytes)
-        engine = Engine(model, limits, num_blocks, eos_token_ids or config.eos_token_ids,
-                        PromptLookup() if prompt_lookup else None)
+        proposer = PromptLookup() if prompt_lookup else None
+        if draft is not None:
+            proposer = _load_draft(draft, tokenizer, model, num_blocks, progress)
+        engine = Engine(model, limits, num_blocks, eos_token_ids or config.eos_token_ids, proposer)
         return cls(model, tokenizer, template, engine, defaults, directory)
 
     @property
@@ -98,12 +102,11 @@ class Llama:
         Text gets the beginning-of-text token before it; ids are taken as they are. Returns a Completion, or with
         params.n > 1 a list of them; for a list of prompts a list of these. Raises RequestError, GenerationError.
         """
-        params = params or SamplingParams()
-        if _is_one_prompt(prompt):
-            [completions] = self._complete([self._encode(prompt)], params)
-            return completions[0] if params.n == 1 else completions
-        results = self._complete([self._encode(one) for one in prompt], params)
-        return [completions[0] for completions in results] if params.n == 1 else results
+        prompts = [prompt] if _is_one_prompt(prompt) else prompt
+        results = self._complete([self.encode(one) for one in prompts], params or SamplingParams())
+        if prompts is not prompt:
+            return results[0]
+        return results
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
              ) -> Completion | list[Completion]:
@@ -121,15 +124,40 @@ class Llama:
         string. Closing the iterator cancels what is not yet generated.
         """
         is_chat = bool(prompt) and isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
-        ids = self.encode_chat(prompt, **template) if is_chat else self._encode(prompt)
-        params = (params or SamplingParams()).with_defaults(self.defaults)
-        return self._deltas(self._submit(ids, params), RequestReader(self.tokenizer, params, len(ids)))
+        ids = self.encode_chat(prompt, **template) if is_chat else self.encode(prompt)
+        return self._driver.stream(ids, (params or SamplingParams()).with_defaults(self.defaults))
+
+    def complete(self, requests: Iterable[tuple[Sequence[int], SamplingParams]]
+                 ) -> Iterator[tuple[int, list[Completion]]]:
+        """Many prompts (ids), each by its own parameters: yields (place, samples) of each as it ends.
+
+        As many run together as the engine takes. Closing the iterator cancels the rest. Raises RequestError,
+        GenerationError.
+        """
+        return self._driver.complete((ids, params.with_defaults(self.defaults)) for ids, params in requests)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's ids: beginning-of-text and the text, or the ids as they are."""
+        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
 
     def encode_chat(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """The prompt's ids for a conversation, as the checkpoint's template writes it."""
         if self.template is None:
             raise RequestError("messages", f"{self.directory} has no chat template; use generate() with a prompt")
         return self.template.encode(self.tokenizer, messages, **template)
+
+    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
+        """All prompts to their ends, in their order; with a bar on a terminal if they are many."""
+        results: list[Any] = [None] * len(prompts)
+
+        def describe(done: int, total: int, seconds: float) -> str:
+            return f"{done}/{total} prompts, {done / max(seconds, 1e-9):.1f}/s"
+
+        with ProgressBar("generating", len(prompts), describe, shown=None if len(prompts) > 1 else False) as bar:
+            for place, completions in self.complete((ids, params) for ids in prompts):
+                results[place] = completions[0] if params.n == 1 else completions
+                bar.add(1)
+        return results
 
     # ---- measuring ------------------------------------------------------------------------------------------
 
@@ -163,70 +191,6 @@ class Llama:
             batch = RaggedBatch(torch.tensor(ids[start:start + step], device=device), positions, (segment,), positions)
             yield self.model.hidden(batch, cache)
 
-    # ---- driving the engine ---------------------------------------------------------------------------------
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-
-    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
-        """All prompts to their ends, as many together as the engine takes."""
-        params = params.with_defaults(self.defaults)
-        readers: dict[str, RequestReader] = {}
-        try:
-            for ids in prompts:
-                readers[self._submit(ids, params)] = RequestReader(self.tokenizer, params, len(ids))
-            for name, reader in readers.items():
-                for _ in self._deltas(name, reader):
-                    pass
-        finally:
-            for name in readers:
-                self._forget(name)
-        return [reader.completions() for reader in readers.values()]
-
-    def _submit(self, ids: Iterable[int], params: SamplingParams) -> str:
-        """Queue a request, stepping until the queue has room. Its name is what its events are found under."""
-        request = Request(f"request-{next(self._ids)}", tuple(ids), params)
-        while True:
-            with self._lock:
-                try:
-                    self.engine.submit(request)
-                    self._inboxes[request.id] = deque()
-                    return request.id
-                except QueueFullError:
-                    self._step()
-
-    def _deltas(self, name: str, reader: RequestReader) -> Iterator[Delta]:
-        """Step until the request is done, or the caller has had enough."""
-        try:
-            while not reader.is_done:
-                with self._lock:
-                    if not self._inboxes[name]:
-                        self._step()
-                    events = list(self._inboxes[name])
-                    self._inboxes[name].clear()
-                for event in events:
-                    delta = reader.read(event)
-                    if delta is None:
-                        continue
-                    if isinstance(delta.stop_reason, str):  # the engine does not see text: it would go on
-                        with self._lock:
-                            self.engine.cancel(name, delta.index)
-                    yield delta
-        finally:
-            self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        """Cancel what is left of a request, and drop its events."""
-        with self._lock:
-            self.engine.cancel(name)
-            self._inboxes.pop(name, None)
-
-    def _step(self) -> None:
-        """One step of the engine, its events put where their readers look for them."""
-        for event in self.engine.step():
-            if event.request_id in self._inboxes:
-                self._inboxes[event.request_id].append(event)
-
 
 def read_generation_config(directory: Path) -> tuple[SamplingParams, tuple[int, ...]]:
     """Sampling defaults and end-of-turn ids of generation_config.json; without the file, Llama's usual ones.
@@ -257,6 +221,19 @@ def _num_blocks(config: LlamaConfig, dtype: torch.dtype, limits: Limits, kv_cach
         raise ConfigError(f"{budget} bytes for the KV cache hold not one block of {BLOCK_SIZE} positions, which "
                           f"takes {block_bytes}; give kv_cache_bytes more")
     return min(useful, budget // block_bytes)
+
+
+def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_blocks: int, progress: bool | None
+                ) -> DraftModel:
+    """The draft checkpoint, in the model's dtype and place. Raises ConfigError if it speaks another vocabulary."""
+    directory = resolve(str(name))
+    other = Tokenizer.from_directory(directory)
+    if [other.token_bytes(i) for i in range(other.vocab_size)] != \
+            [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]:
+        raise ConfigError(f"{directory}: the draft model's tokenizer is not the model's; give one of the same family")
+    dtype = str(model.dtype).removeprefix("torch.")
+    draft = load_model(directory, dtype=dtype, device=model.device, progress=progress)
+    return DraftModel(draft, num_blocks, BLOCK_SIZE)
 
 
 def _is_one_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:

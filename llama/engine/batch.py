@@ -6,19 +6,19 @@ import numpy as np
 import torch
 
 from llama.engine.scheduler import Scheduled
-from llama.model.ragged import RaggedBatch, Segment
+from llama.model.ragged import RaggedBatch, Segment, block_slots, slot_runs
 
 
 def ragged_batch(scheduled: Ordered[Scheduled], block_size: int, device: torch.device) -> RaggedBatch:
     """Lay the scheduled tokens one after another, with the cache slots that they write and read."""
     ids, positions, slots, segments = [], [], [], []
     for item in scheduled:
-        table = np.asarray(item.sequence.table[:-(-(item.start + item.length) // block_size)], dtype=np.int64)
-        where = np.arange(item.start, item.start + item.length)
+        end = item.start + item.length
+        table = np.asarray(item.sequence.table[:-(-end // block_size)])
         ids += item.ids
-        positions.append(where)
-        slots.append(table[where // block_size] * block_size + where % block_size)
-        segments.append(Segment(item.start, item.length, _runs(table, item.start + item.length, block_size)))
+        positions.append(np.arange(item.start, end))
+        slots.append(block_slots(table, item.start, end, block_size))
+        segments.append(Segment(item.start, item.length, slot_runs(table, end, block_size)))
     return RaggedBatch(
         ids=torch.tensor(ids, device=device),
         positions=torch.from_numpy(np.concatenate(positions)).to(device),
@@ -37,14 +37,3 @@ def _logit_rows(scheduled: Ordered[Scheduled]) -> list[int]:
             rows += range(last - 1 - len(item.draft), last)
         first = last
     return rows
-
-
-def _runs(table: np.ndarray, length: int, block_size: int) -> tuple[tuple[int, int], ...]:
-    """The slots of the first `length` positions, with blocks that lie side by side joined."""
-    breaks = np.flatnonzero(np.diff(table) != 1) + 1
-    runs = []
-    for group in np.split(table, breaks):
-        first, count = int(group[0]) * block_size, min(len(group) * block_size, length)
-        runs.append((first, first + count))
-        length -= count
-    return tuple(runs)

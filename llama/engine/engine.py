@@ -95,13 +95,13 @@ class Engine:
         first = 0
         for item in plan.scheduled:
             if item.samples:
-                for index in range(item.sequence.index, item.sequence.index + item.sequence.num_forks + 1):
+                for index in item.sequence.samples:
                     rows += self._sample_rows(item, index)
                     places += range(first, first + 1 + len(item.draft))
                 first += 1 + len(item.draft)
         drawn = iter(sample(logits if len(places) == len(logits) else logits[places], rows))
         return [tuple(tuple(next(drawn) for _ in range(1 + len(item.draft)))
-                      for _ in range(1 + item.sequence.num_forks)) if item.samples else ()
+                      for _ in item.sequence.samples) if item.samples else ()
                 for item in plan.scheduled]
 
     def _sample_rows(self, item: Scheduled, index: int) -> list[SampleRow]:
@@ -127,8 +127,8 @@ class Engine:
                 wanted = sequence.request.params.prompt_logprobs
                 for done in range(0, len(ids), SCORED_ROWS):
                     piece = ids[done:done + SCORED_ROWS]
-                    logits = self.model.logits(hidden[first + done:first + done + len(piece)])
-                    scores += log_probabilities(logits, piece, [wanted] * len(piece))
+                    rows = hidden[first + done:first + done + len(piece)]
+                    scores += log_probabilities(self.model.logits(rows), piece, [wanted] * len(piece))
             results.append(tuple(scores))
             first += item.length
         return results

@@ -12,11 +12,18 @@ import numpy as np
 from llama.engine.sequence import Sequence
 
 
+# Text that only repeats itself agrees with itself at every length: looking further back decides nothing.
+LONGEST_NGRAM = 32
+
+
 class Proposer(Protocol):
     """Anything that guesses."""
 
     def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         """At most `most` ids that may come after the sequence's last one; none if nothing is worth a try."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence gives up its place: whatever is kept for it is not needed any more."""
 
 
 class PromptLookup:
@@ -43,10 +50,13 @@ class PromptLookup:
         end = _longest_match(ids, self.min_ngram)
         return () if end is None else tuple(ids[end:end + most].tolist())
 
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing is kept."""
+
 
 def _longest_match(ids: np.ndarray, min_ngram: int) -> int | None:
-    """The end of the earlier occurrence of the longest suffix of `ids`, the latest among equals; None if not
-    even the last `min_ngram` ids occurred before."""
+    """The end of the earlier occurrence of the longest suffix of `ids`, up to LONGEST_NGRAM, the latest among
+    equals; None if not even the last `min_ngram` ids occurred before."""
     length = len(ids)
     if length <= min_ngram:
         return None
@@ -56,7 +66,7 @@ def _longest_match(ids: np.ndarray, min_ngram: int) -> int | None:
     if len(ends) == 0:
         return None
     back = min_ngram
-    while len(ends) > 1:
+    while len(ends) > 1 and back < LONGEST_NGRAM:
         back += 1
         longer = ends[ends >= back]
         longer = longer[ids[longer - back] == ids[length - back]]

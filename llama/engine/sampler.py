@@ -16,6 +16,9 @@ from llama.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
 # The likeliest tokens nearly always hold the nucleus; only a row that they do not suffice is sorted whole.
 NUM_CANDIDATES = 1024
 
+# Below it, whatever is less likely than the likeliest has no chance in float32.
+LOWEST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True)
 class SampleRow:
@@ -43,10 +46,14 @@ def sample(logits: Tensor, rows: Ordered[SampleRow]) -> list[TokenLogprob]:
     for places, draw in ((plain, _draw_from_all), (filtered, _draw_from_likeliest)):
         if places:
             chosen = [rows[place] for place in places]
-            temperature = _column([row.params.temperature for row in chosen], logits.device)
-            probabilities = torch.softmax(adjusted[places] / temperature, dim=-1)
-            ids[places] = draw(probabilities, chosen)
+            ids[places] = draw(_probabilities(adjusted[places], chosen), chosen)
     return log_probabilities(logits, ids.tolist(), [row.params.logprobs for row in rows])
+
+
+def _probabilities(adjusted: Tensor, rows: Ordered[SampleRow]) -> Tensor:
+    """Each row's distribution at its own temperature: [rows, vocab]. However low that is, it stays finite."""
+    temperature = _column([max(row.params.temperature, LOWEST_TEMPERATURE) for row in rows], adjusted.device)
+    return torch.softmax((adjusted - adjusted.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 
 def log_probabilities(logits: Tensor, ids: Ordered[int], wanted: Ordered[int | None]) -> list[TokenLogprob]:
@@ -78,7 +85,7 @@ def adjust(logits: Tensor, rows: Ordered[SampleRow]) -> Tensor:
             adjusted = logits.clone()
         line = adjusted[place]  # [vocab], a view
         if repetition:
-            ids = torch.tensor([*row.prompt_ids, *counts], device=line.device)
+            ids = torch.tensor([*row.prompt_ids, *counts], dtype=torch.int64, device=line.device)
             values = line[ids]
             line[ids] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
         if penalised:
@@ -96,7 +103,8 @@ def adjust(logits: Tensor, rows: Ordered[SampleRow]) -> Tensor:
 def uniform(seed: int, index: int, position: int) -> float:
     """The number in [0, 1) that decides a draw: counter-based, so that it needs no state (Philox,
     doi:10.1145/2063384.2063405)."""
-    return (int(np.random.Philox(key=[seed, index], counter=position).random_raw()) >> 11) * 2.0**-53
+    key = np.array([seed, index], dtype=np.uint64)
+    return (int(np.random.Philox(key=key, counter=position).random_raw()) >> 11) * 2.0**-53
 
 
 def _is_filtered(params: SamplingParams) -> bool:
@@ -119,7 +127,8 @@ def _draw_from_likeliest(probabilities: Tensor, rows: Ordered[SampleRow]) -> Ten
     kept = _num_kept(best, rows)
     ids = best_ids.gather(1, _invert_kept(best, kept, rows))[:, 0]
     short = [place for place, (count, row) in enumerate(zip(kept.tolist(), rows))
-             if count == best.shape[-1] < vocab and count != row.params.top_k]
+             if best.shape[-1] < vocab and row.params.top_k != best.shape[-1]
+             and (count == best.shape[-1] or row.params.top_k > best.shape[-1])]
     for place in short:  # a flat row: its candidates go on past the first NUM_CANDIDATES
         best, best_ids = probabilities[place:place + 1].sort(dim=-1, descending=True, stable=True)
         row = [rows[place]]
@@ -130,8 +139,8 @@ def _draw_from_likeliest(probabilities: Tensor, rows: Ordered[SampleRow]) -> Ten
 def _num_kept(best: Tensor, rows: Ordered[SampleRow]) -> Tensor:
     """How many of each row's sorted candidates may be drawn, at least one: [rows, candidates] -> [rows]."""
     num_candidates, device = best.shape[-1], best.device
-    top_k = _column([row.params.top_k if row.params.top_k > 0 else num_candidates for row in rows], device).long()
-    top_k = top_k.clamp(max=num_candidates)
+    top_k = _column([min(row.params.top_k, num_candidates) if row.params.top_k > 0 else num_candidates
+                     for row in rows], device).long()
     top_p, min_p = (_column([getattr(row.params, name) for row in rows], device) for name in ("top_p", "min_p"))
     cumulative = best.cumsum(dim=-1, dtype=torch.float64)
     # The nucleus is that of the distribution which top-k left; without top-k, of the whole one.

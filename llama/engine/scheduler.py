@@ -106,7 +106,7 @@ class Scheduler:
             raise QueueFullError(f"prompts of {queued_tokens} tokens wait already; try again later")
         params = request.params
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
-        self.waiting.append(Sequence(request, seed, root_digest(request.salt), num_forks=params.n - 1))
+        self.waiting.append(Sequence(request, seed, root_digest(request.salt), forks=tuple(range(1, params.n))))
 
     def _refuse_impossible(self, request: Request) -> None:
         num_prompt, params, limits = len(request.prompt_ids), request.params, self.limits
@@ -132,11 +132,15 @@ class Scheduler:
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Forget a request, or its sample `index`, at once, wherever it is. False if there is none such."""
-        leaving = [sequence for sequence in (*self.waiting, *self.running)
-                   if sequence.request.id == request_id and index in (None, sequence.index)]
-        for sequence in leaving:
-            self._remove(sequence)
-        return bool(leaving)
+        found = [sequence for sequence in (*self.waiting, *self.running)
+                 if sequence.request.id == request_id and (index is None or index in sequence.samples)]
+        for sequence in found:
+            left = () if index is None else tuple(other for other in sequence.samples if other != index)
+            if left:
+                sequence.index, sequence.forks = left[0], left[1:]
+            else:
+                self._remove(sequence)
+        return bool(found)
 
     def _remove(self, sequence: Sequence) -> None:
         if sequence in self.running:
@@ -145,6 +149,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.pool.release(sequence.table)
         sequence.table = []
+        if self.proposer is not None:
+            self.proposer.forget(sequence)
 
     # ---- plan -----------------------------------------------------------------------------------------------
 
@@ -154,21 +160,14 @@ class Scheduler:
         num_decoding = sum(sequence.is_decoding for sequence in self.running)
         limit = self.limits.mixed_step_tokens if num_decoding else self.limits.step_tokens
         budget = max(limit - num_decoding, 1)  # for prompts; whoever decodes has its token in any case
-        spare = max(limit - num_decoding, 0)  # for guesses
         num_running = len(self.running)
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # gave its blocks to an older one just now
-            draft: tuple[int, ...] = ()
-            if sequence.is_decoding:
-                length = 1
-                draft = self._draft(sequence, spare)
-                spare -= len(draft)
-            else:
-                length = min(sequence.num_pending, budget)
-                budget -= length
-            if length and self._make_room(sequence, length + len(draft), plan):
-                plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length + len(draft), draft))
+            length = 1 if sequence.is_decoding else min(sequence.num_pending, budget)
+            if length and self._make_room(sequence, length, plan):
+                plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
+                budget -= 0 if sequence.is_decoding else length
         preempted = len(self.running) < num_running
         while budget > 0 and self.waiting and not preempted and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
@@ -177,18 +176,27 @@ class Scheduler:
             budget -= length
             self._make_room(sequence, length, plan)
             plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
+        if self.proposer is not None:
+            self._add_drafts(plan, limit - sum(item.length for item in plan.scheduled))
         return plan
 
-    def _draft(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """Guesses for the sequence's next tokens, never past the end that it is allowed."""
-        if self.proposer is None:
-            return ()
-        most = min(most, self._max_ids(sequence) - len(sequence.ids) - 1)
-        return self.proposer.propose(sequence, most) if most > 0 else ()
+    def _add_drafts(self, plan: Plan, budget: int) -> None:
+        """Let those who decode guess ahead, never past the end that they are allowed, with what is left of the step
+        and of the pool: a guess takes no prompt's turn and nobody's blocks."""
+        block_size = self.pool.block_size
+        for place, item in enumerate(plan.scheduled):
+            sequence = item.sequence
+            room = (len(sequence.table) + self.pool.num_available) * block_size - item.start - item.length
+            most = min(budget, room, self._max_ids(sequence) - len(sequence.ids) - 1)
+            if sequence.is_decoding and most > 0:
+                draft = self.proposer.propose(sequence, most)
+                plan.scheduled[place] = Scheduled(sequence, item.start, item.length + len(draft), draft)
+                self._make_room(sequence, item.length + len(draft), plan)
+                budget -= len(draft)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence on the longest prefix that the pool still has, if all of it will fit."""
-        if len(self.running) + self._num_pending_forks() + 1 + sequence.num_forks > self.limits.max_running:
+        if sum(len(other.samples) for other in (*self.running, sequence)) > self.limits.max_running:
             return False
         block_size = self.pool.block_size
         shared: list[int] = []
@@ -204,9 +212,6 @@ class Scheduler:
         sequence.num_computed = len(shared) * block_size
         sequence.num_published = len(shared)
         return True
-
-    def _num_pending_forks(self) -> int:
-        return sum(sequence.num_forks for sequence in self.running)
 
     def _make_room(self, sequence: Sequence, length: int, plan: Plan) -> bool:
         """Give the sequence blocks of its own for its next `length` positions, the youngest's if need be.
@@ -281,8 +286,8 @@ class Scheduler:
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """Split the other samples off a sequence whose prompt is computed."""
-        forks = [sequence.fork(index) for index in range(1, 1 + sequence.num_forks)]
-        sequence.num_forks = 0
+        forks = [sequence.fork(index) for index in sequence.forks]
+        sequence.forks = ()
         place = self.running.index(sequence) + 1
         self.running[place:place] = forks
         for fork in forks:

@@ -14,7 +14,7 @@ class Sequence:
 
     ids: prompt and what was generated. num_computed: positions whose keys and values are in the blocks of
     `table`, the first num_published of which can be found by their content. num_prompt_scored: tokens of the
-    prompt whose log probabilities were reported. num_forks: samples that split off when the prompt is computed.
+    prompt whose log probabilities were reported. forks: samples that split off when the prompt is computed.
     seed: with index and position, it fixes every draw. digests: the chain of full blocks' names, grown on demand
     from the request's root. counts: how often each id was generated. draft_success: recent share of guesses
     that came true.
@@ -24,7 +24,7 @@ class Sequence:
     seed: int
     root: bytes
     index: int = 0
-    num_forks: int = 0
+    forks: tuple[int, ...] = ()
     ids: array = field(default_factory=lambda: array("q"))
     num_computed: int = 0
     num_published: int = 0
@@ -37,6 +37,11 @@ class Sequence:
     def __post_init__(self) -> None:
         if not self.ids:
             self.ids = array("q", self.request.prompt_ids)
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """The samples whose tokens come out of this sequence: its own, and those that have not split off yet."""
+        return (self.index, *self.forks)
 
     @property
     def num_prompt(self) -> int:
@@ -82,5 +87,5 @@ class Sequence:
 
     def fork(self, index: int) -> "Sequence":
         """Another sample of the same computed prompt; the caller counts its references to the blocks."""
-        return replace(self, index=index, num_forks=0, ids=self.ids[:], table=self.table[:],
+        return replace(self, index=index, forks=(), ids=self.ids[:], table=self.table[:],
                        digests=self.digests[:], counts=Counter(self.counts))

@@ -43,26 +43,26 @@ class TextStream:
         self._emitted = ["".join(self._emitted)]
         return self._emitted[0]
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Takes the next id; returns the text that has become certain: after a match or `finish`, none.
 
-        Raises TokenizerError on an id that the vocabulary does not have.
+        Without `may_stop`, a stop string that this id completes is text like any other. Raises TokenizerError on an id that the vocabulary does not have.
         """
         if self._closed or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
             return ""
-        return self._accept(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return self._accept(self._decoder.decode(self._tokenizer.token_bytes(token_id)), may_stop)
 
     def finish(self) -> str:
         """Ends the stream; returns the rest of the text, an incomplete character at its end as U+FFFD."""
         if self._closed:
             return ""
-        text = self._accept(self._decoder.decode(b"", final=True))
+        text = self._accept(self._decoder.decode(b"", final=True), may_stop=True)
         if not self._closed:
             text += self._release(self._held_len)
             self._closed = True
         return text
 
-    def _accept(self, text: str) -> str:
+    def _accept(self, text: str, may_stop: bool) -> str:
         """Holds `text`, looks for stop strings in it, and releases what none of them can reach any more."""
         if not text:
             return ""
@@ -72,11 +72,11 @@ class TextStream:
         if self._matchers:
             for seen, character in enumerate(text, start=1):
                 complete = [matcher.stop for matcher in self._matchers if matcher.advance(character)]
-                if complete:
+                if complete and may_stop:
                     self._closed = True
                     self.stop_match = max(complete, key=len)
                     return self._release(before + seen - (0 if self._include_stop else len(self.stop_match)))
-        return self._release(self._held_len - max((matcher.matched for matcher in self._matchers), default=0))
+        return self._release(self._held_len - max((matcher.held for matcher in self._matchers), default=0))
 
     def _release(self, count: int) -> str:
         """Emits the first `count` characters held."""
@@ -109,8 +109,15 @@ class _StopMatcher:
             length += stop[length] == stop[i]
             self._fallback[i] = length
 
+    @property
+    def held(self) -> int:
+        """Characters at the end of the text that may still become part of the string."""
+        return self._fallback[-1] if self.matched == len(self.stop) else self.matched
+
     def advance(self, character: str) -> bool:
         """Takes the text's next character; says whether the text now ends with the whole string."""
+        if self.matched == len(self.stop):  # a match that did not stop: the next one may overlap it
+            self.matched = self._fallback[-1]
         while self.matched and self.stop[self.matched] != character:
             self.matched = self._fallback[self.matched - 1]
         self.matched += self.stop[self.matched] == character

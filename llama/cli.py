@@ -1,0 +1,209 @@
+"""The `llama` command: its flags, and what becomes of errors. Brings in torch only once a command needs it.
+
+The reply goes to stdout, everything else to stderr. Exit codes: 0; 1 for an error; 2 for flags that cannot
+be; 130 after Ctrl-C; 141 when whoever read stdout has gone.
+"""
+
+import argparse
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from llama import __version__
+from llama.commands import UsageError
+from llama.config import DTYPE_BYTES
+from llama.engine.request import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS
+from llama.terminal import is_terminal, prepare_streams
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4,
+          "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"llama: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, by default those of the process; returns the exit code."""
+    try:
+        try:
+            return _run(build_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()  # here, and not at the interpreter's end, where a broken pipe is a complaint
+    except BrokenPipeError:
+        return 141
+
+
+def _run(args: argparse.Namespace) -> int:
+    prepare_streams()
+    try:
+        return importlib.import_module(f"llama.commands.{args.command}").run(args)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        if is_terminal(sys.stderr):
+            sys.stderr.write("\n")
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"llama: error: {_explain(error)}\n")
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _explain(error: Exception) -> str:
+    """An error as one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif type(error).__module__.partition(".")[0] != "llama":
+        text = f"{type(error).__name__}: {text}; this should not happen, and --debug shows where it does"
+    return " ".join(text.splitlines())
+
+
+# ---- flags ------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    parser = _Parser(prog="llama", description="Run Llama 3.1 checkpoints.",
+                     epilog="llama COMMAND --help says more.")
+    parser.add_argument("--version", action="version", version=f"llama {__version__}",
+                        help="print the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_chat, _add_generate, _add_info, _add_pull):
+        add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "chat", help="talk with the model", description="Talk with the model: in turns, or with one "
+        "question. What is piped in is the question, or follows it.")
+    parser.add_argument("text", nargs="?", metavar="QUESTION", help="answer this and leave")
+    parser.add_argument("--system", metavar="TEXT", help="system message to begin with")
+    parser.add_argument("--stats", action="store_true",
+                        help="after each reply, print tokens/s and time to first token")
+    _add_sampling_flags(parser)
+    _add_model_flags(parser)
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "generate", help="continue a text, or answer a file of prompts", description="Continue a text as it "
+        "stands, without a chat template; or answer a file of prompts. Each line of that is a JSON object: "
+        "\"prompt\" (a text or token ids) or \"messages\", perhaps \"id\", and perhaps fields of "
+        "SamplingParams, which override the flags. Each result is a line too: the prompt's \"line\" and "
+        "\"id\", \"text\", \"finish_reason\", \"usage\"; with n above 1, \"samples\". They come in the order "
+        "in which they are finished.")
+    parser.add_argument("text", nargs="?", metavar="TEXT",
+                        help="what to continue; - or nothing: what is piped in")
+    parser.add_argument("--input", metavar="FILE", help="prompts, one JSON object a line; needs --output")
+    parser.add_argument("--output", metavar="FILE",
+                        help="results, each appended when it is finished; what is answered there already is "
+                        "skipped, so that the same command goes on where it was stopped")
+    parser.add_argument("--n", type=_count, metavar="N",
+                        help=f"so many continuations of each text, at most {MAX_SAMPLES}")
+    parser.add_argument("--json", action="store_true", help="print the result as a line of JSON")
+    parser.add_argument("--logprobs", type=int, metavar="K",
+                        help="in JSON, add each token's log probability and K likeliest alternatives, "
+                        f"0 to {MAX_LOGPROBS}")
+    parser.add_argument("--stats", action="store_true", help="print tokens/s and time to first token")
+    _add_sampling_flags(parser)
+    _add_model_flags(parser)
+    return parser
+
+
+def _add_info(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "info", help="show a checkpoint's architecture, the memory it needs and what fits here",
+        description="Show a checkpoint's architecture, the memory it needs and what fits here; then load it, "
+        "generate a few tokens, and show the time and the peak memory that this took.")
+    parser.add_argument("--load", action=argparse.BooleanOptionalAction,
+                        help="load it, or do not; by default it is loaded where it fits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_checkpoint_flags(parser)
+    return parser
+
+
+def _add_pull(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    about = "download a checkpoint from the Hugging Face hub, unless it is here, and print its directory"
+    parser = commands.add_parser("pull", help=about, description=f"{about.capitalize()}.")
+    parser.add_argument("name", metavar="NAME", help="hub id, such as meta-llama/Llama-3.1-8B-Instruct")
+    return parser
+
+
+def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="M",
+                       help="directory of a checkpoint, or hub id; by default the demo model")
+    group.add_argument("--dtype", choices=tuple(DTYPE_BYTES),
+                       help="dtype of weights and KV cache; by default the checkpoint's own")
+    group.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda or cuda:N")
+    group.add_argument("--threads", type=_count, metavar="N",
+                       help="CPU threads; by default as many as torch chooses")
+    group.add_argument("--context", type=_count, metavar="N",
+                       help="tokens of prompt and reply together, at most; by default what the model was "
+                       "made for")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_flags(parser)
+    group = parser.add_argument_group("engine")
+    group.add_argument("--kv-cache", type=_size, metavar="SIZE",
+                       help="memory for keys and values, such as 4GiB; by default what can be used, but at "
+                       "most half of what is free")
+    guesses = group.add_mutually_exclusive_group()
+    guesses.add_argument("--prompt-lookup", action="store_true",
+                         help="guess repeated text ahead: the same output, faster where it copies")
+    guesses.add_argument("--draft", metavar="M",
+                         help="let a smaller checkpoint with the same tokenizer guess ahead")
+    group.add_argument("--deterministic", action="store_true", help="the same bits for a request whatever it "
+                       "shares the engine with, at some cost in speed")
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (by default as generation_config.json says)")
+    group.add_argument("--max-tokens", type=int, metavar="N",
+                       help="new tokens at most; by default what the context has left")
+    heat = group.add_mutually_exclusive_group()
+    heat.add_argument("--temperature", type=float, metavar="T",
+                      help="0 to 2; 0 always takes the likeliest token")
+    heat.add_argument("--greedy", dest="temperature", action="store_const", const=0.0,
+                      help="the same as --temperature 0")
+    group.add_argument("--top-p", type=float, metavar="P",
+                       help="draw from the likeliest tokens that together reach P")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; -1 is all")
+    group.add_argument("--min-p", type=float, metavar="P",
+                       help="draw from tokens at least P times as likely as the likeliest")
+    group.add_argument("--seed", type=int, metavar="S", help="make the draws repeatable")
+    group.add_argument("--stop", action="append", metavar="TEXT",
+                       help=f"end before this text; may be given up to {MAX_STOP_STRINGS} times")
+    group.add_argument("--frequency-penalty", type=float, metavar="X",
+                       help="-2 to 2; above 0: less of a token for each time it was generated")
+    group.add_argument("--presence-penalty", type=float, metavar="X",
+                       help="-2 to 2; above 0: less of a token that was generated")
+    group.add_argument("--repetition-penalty", type=float, metavar="X",
+                       help="above 0, at most 2; above 1: less of a token in prompt or reply")
+
+
+def _count(text: str) -> int:
+    """An integer from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes, with or without a unit: 4GiB, 500MB, 1000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?I?)B?", text.upper())
+    if not match or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,70 @@
+"""From flags to a loaded model and to sampling parameters."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama.checkpoint.pull import resolve
+from llama.commands import CommandError, UsageError
+from llama.config import LlamaConfig
+from llama.engine.request import RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from llama.runtime import Llama
+
+_DEMO = Path(__file__).parents[1] / "demo"
+
+
+def locate(name: str | None) -> Path:
+    """The directory that --model stands for."""
+    return _DEMO if name is None else Path(resolve(name))
+
+
+def context_of(args: argparse.Namespace, config: LlamaConfig) -> int:
+    """Tokens of prompt and reply together. Raises CommandError if the model is not made for so many."""
+    most = config.max_position_embeddings
+    if args.context is not None and args.context > most:
+        raise CommandError(f"--context {args.context} is more than this model was made for, which is {most}; "
+                           "give that or less")
+    return args.context or most
+
+
+def prepare_torch(args: argparse.Namespace) -> None:
+    """Set --threads, and see that --device is there."""
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {args.device!r} is no device that this code runs on; give cpu, cuda or "
+                         "cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {args.device}: torch {torch.__version__} finds "
+                           f"{torch.cuda.device_count()} CUDA devices here; leave --device out for the CPU")
+
+
+def load(args: argparse.Namespace) -> "Llama":
+    """The model that the flags describe."""
+    directory = locate(args.model)
+    context = context_of(args, LlamaConfig.from_directory(directory))
+    prepare_torch(args)
+    from llama.runtime import Llama
+
+    return Llama.load(directory, dtype=args.dtype, device=args.device, max_context=context,
+                      kv_cache_bytes=args.kv_cache, prompt_lookup=args.prompt_lookup, draft=args.draft,
+                      deterministic=args.deterministic)
+
+
+def sampling_params(args: argparse.Namespace, **more: object) -> SamplingParams:
+    """What the sampling flags ask for. Raises UsageError."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "frequency_penalty",
+             "presence_penalty", "repetition_penalty")
+    given = {name: getattr(args, name) for name in names} | more
+    try:
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    except RequestError as error:
+        raise UsageError(f"--{error.field.replace('_', '-')}: {error}") from None

@@ -1,0 +1,136 @@
+"""llama.engine.engine: what it refuses, what it holds in memory, and answers that are the same bits."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama.engine.engine import SCORED_ROWS
+from llama.engine.propose import PromptLookup
+from llama.engine.request import RequestError, TokenEvent
+from llama.engine.scheduler import Limits
+from tests.engine.running import TINY, alone, engine_of, run
+from tests.engine.simulation import request
+from tests.engine.test_engine import REQUESTS
+from tests.model.pairs import hugging_face, ours, random_ids
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny one, 4:1 heads."""
+    return ours(hugging_face(TINY["8:2"]))
+
+
+@pytest.mark.parametrize("field, prompt, chosen", [
+    ("prompt", [5, 181], {}), ("prompt", [-1], {}), ("logit_bias", [5], {"logit_bias": {181: 1.0}}),
+    ("stop_token_ids", [5], {"stop_token_ids": (5, 181)})])
+def test_an_id_outside_the_vocabulary_is_refused_by_its_field(model, field, prompt, chosen):
+    engine = engine_of(model, Limits(64), 8)
+    with pytest.raises(RequestError) as refusal:
+        engine.submit(request("r", prompt, **chosen))
+    wrong = -1 if prompt == [-1] else 181
+    assert str(refusal.value) == f"{field} has the id {wrong}, which is outside the vocabulary of 181 tokens"
+    assert refusal.value.field == field and not engine.has_work
+
+
+def test_a_step_without_work_is_nothing(model):
+    engine = engine_of(model, Limits(64), 8)
+    assert engine.step() == [] and not engine.cancel("r")
+
+
+def test_min_tokens_forbids_every_end_and_no_longer(model):
+    engine = engine_of(model, Limits(64), 8)
+    found = run(engine, [request("r", [5, 6], logit_bias={1: 100, 9: 50}, stop_token_ids=(9,), min_tokens=4,
+                                 max_tokens=9, logprobs=0)])
+    [ids] = found.ids.values()
+    assert len(ids) == 5 and ids[-1] == 1 and {1, 9}.isdisjoint(ids[:-1])
+
+
+def test_guesses_are_drawn_with_the_penalties_of_the_guesses_before_them(model):
+    """A bias brings one token again and again, until its frequency outweighs it: amid a draft."""
+    one = request("r", [7] * 20, logit_bias={7: 40, 8: 20}, frequency_penalty=2.0, max_tokens=30,
+                  ignore_eos=True, logprobs=0)
+    guessed = run(engine_of(model, Limits(64), 8, proposer=PromptLookup(min_ngram=1)), [one])
+    assert guessed.ids == alone(model, [one]).ids
+    assert guessed.counts["accepted"] and len(set(guessed.ids["r", 0])) > 1
+
+
+def test_min_tokens_counts_guesses(model):
+    """A draft that reaches past min_tokens is banned from ending up to there, and free to end after."""
+    class Ends:
+        def propose(self, sequence, most):
+            return (1,) * min(most, 3)
+
+        def forget(self, sequence):
+            pass
+
+    one = request("r", [5, 6], logit_bias={1: 100}, min_tokens=3, max_tokens=9, logprobs=0)
+    guessed = run(engine_of(model, Limits(64), 8, proposer=Ends()), [one])
+    assert guessed.ids == alone(model, [one]).ids
+    assert guessed.ids["r", 0].index(1) == 3
+
+
+def test_scoring_a_prompt_holds_few_rows_of_logits(model, monkeypatch):
+    """Never more than SCORED_ROWS at once, nor a piece beside the one before it; and each row once."""
+    held, most, total = [], 0, 0
+    compute = model.logits
+
+    def counted(hidden):
+        nonlocal most, total
+        logits = compute(hidden)
+        held.append(weakref.ref(logits))
+        rows = [len(one()) for one in held if one() is not None]
+        most, total = max(most, sum(rows)), total + len(logits)
+        return logits
+
+    monkeypatch.setattr(model, "logits", counted)
+    prompt = random_ids(3 * SCORED_ROWS + 50)
+    engine = engine_of(model, Limits(512), 40)
+    found = run(engine, [request("r", prompt, prompt_logprobs=1, logprobs=0, max_tokens=3, ignore_eos=True)])
+    assert len(found.prompts["r"]) == len(prompt)
+    assert most == SCORED_ROWS and total == len(prompt) - 1 + 3
+
+
+def test_logits_are_computed_where_they_are_asked_for_alone(model, monkeypatch):
+    rows = []
+    compute = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: rows.append(len(hidden)) or compute(hidden))
+    one = request("r", random_ids(100), n=3, max_tokens=2, ignore_eos=True, logprobs=0)
+    run(engine_of(model, Limits(512, step_tokens=40), 40), [one])
+    assert rows == [1, 3]
+
+
+def test_a_cancel_between_steps_stops_the_events(model):
+    engine = engine_of(model, Limits(64), 16)
+    for name in "ab":
+        engine.submit(request(name, [5, 6, 7], max_tokens=8, ignore_eos=True, n=2))
+    engine.step()
+    assert engine.cancel("a", 1) and engine.cancel("b")
+    events = [event for _ in range(7) for event in engine.step()]
+    assert {(event.request_id, event.index) for event in events} == {("a", 0)} and not engine.has_work
+    assert all(isinstance(event, TokenEvent) for event in events)
+
+
+def test_other_salts_compute_their_own(model):
+    engine = engine_of(model, Limits(512), 60)
+    prompt = random_ids(64)
+    first = run(engine, [request("a", prompt, "one", max_tokens=4, ignore_eos=True, logprobs=1)])
+    other = run(engine, [request("a", prompt, "two", max_tokens=4, ignore_eos=True, logprobs=1)])
+    again = run(engine, [request("a", prompt, "one", max_tokens=4, ignore_eos=True, logprobs=1)])
+    assert (first.counts["cached"], other.counts["cached"], again.counts["cached"]) == (0, 0, 48)
+    assert first.ids == other.ids == again.ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_is_the_same_bits(dtype):
+    model = ours(hugging_face(TINY["8:2"]).to(dtype))
+    model.set_deterministic(True)
+    workload = [replace(one, params=replace(one.params, prompt_logprobs=1)) if place % 2 else one
+                for place, one in enumerate(REQUESTS)]
+    plain = alone(model, workload)
+    lookup = PromptLookup(min_ngram=1)
+    for limits, num_blocks, proposer in ((Limits(512), 400, None), (Limits(512, step_tokens=7), 400, lookup),
+                                         (Limits(512, max_running=6, mixed_step_tokens=16), 9, lookup)):
+        found = run(engine_of(model, limits, num_blocks, proposer=proposer), workload)
+        assert found.samples == plain.samples and found.prompts == plain.prompts

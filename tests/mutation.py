@@ -1,0 +1,108 @@
+"""Does the suite notice? Deliberate faults in the engine, one at a time, each of which some test must catch.
+
+    python -m tests.mutation                all faults (minutes)
+    python -m tests.mutation blocks salt    those whose file or description contains one of these words
+
+Each fault is put into a copy of the project in a temporary folder, where the tests named for its file run
+until the first failure. Prints what caught it; exits with 1 if a fault survived, or if the tests fail without any.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults import FAULTS, Fault
+
+ROOT = Path(__file__).parent.parent
+
+MOST_SECONDS = 300  # a fault may well keep a test from ending
+
+# What is run for a fault in a file, quickest first.
+_BOOKS = ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_lifecycle.py",
+          "engine/test_interleaving.py")
+_SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py")
+_ENGINE = ("engine/test_engine_limits.py", "engine/test_engine.py")
+TESTS = {
+    "engine/blocks.py": _BOOKS,
+    "engine/scheduler.py": _BOOKS,
+    "engine/sequence.py": (*_BOOKS, *_ENGINE),
+    "engine/propose.py": ("engine/test_propose.py",),
+    "engine/draft.py": ("engine/test_draft.py",),
+    "engine/sampler.py": _SAMPLER,
+    "engine/batch.py": ("engine/test_batch.py",),
+    "engine/engine.py": _ENGINE,
+    "completion.py": ("test_completion.py",),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The tests that failed, and whether pytest itself ran to its end."""
+
+    failed: tuple[str, ...]
+    output: str
+    is_sound: bool
+
+
+def run_tests(tests: tuple[str, ...], file: str | None = None, source: str | None = None) -> Verdict:
+    """Run these tests (paths under tests/) on a copy in which `file` (under llama/) has this source."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        copy = Path(folder)
+        for name in ("llama", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if file is not None:
+            (copy / "llama" / file).write_text(source)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rf",
+                   *(f"tests/{test}" for test in tests)]
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True,
+                                  check=False, timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Verdict(("a test that never ended",), "", True)
+    failed = tuple(re.findall(r"^FAILED tests/(\S+)", done.stdout, re.MULTILINE))
+    return Verdict(failed, done.stdout + done.stderr, done.returncode == (1 if failed else 0))
+
+
+def mutated(fault: Fault) -> str:
+    """The source of the fault's file with the fault in it. Raises ValueError if there is no place for it."""
+    source = (ROOT / "llama" / fault.file).read_text()
+    if source.count(fault.right) != 1:
+        count = source.count(fault.right)
+        raise ValueError(f"llama/{fault.file} has {count} times, not once: {fault.right!r}")
+    return source.replace(fault.right, fault.wrong)
+
+
+def main() -> int:
+    """Run the chosen faults; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Deliberate faults, each of which the suite must notice.")
+    parser.add_argument("words", nargs="*", help="only faults whose file or description has one of these")
+    words = parser.parse_args().words
+    chosen = [fault for fault in FAULTS
+              if not words or any(word in f"{fault.file} {fault.what}" for word in words)]
+    for tests in {TESTS[fault.file] for fault in chosen}:
+        verdict = run_tests(tests)
+        if verdict.failed or not verdict.is_sound:
+            print(f"without any fault: {verdict.output}")
+            return 1
+    survived = 0
+    for fault in chosen:
+        verdict = run_tests(TESTS[fault.file], fault.file, mutated(fault))
+        caught = bool(verdict.failed) and verdict.is_sound
+        survived += not caught
+        print(f"{fault.file:20} {fault.what:52} {verdict.failed[0] if caught else 'SURVIVED'}", flush=True)
+        if not verdict.is_sound:
+            print(verdict.output)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
