@@ -6,6 +6,7 @@ be; 130 after Ctrl-C; 141 when whoever read stdout has gone.
 
 import argparse
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -35,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(build_parser().parse_args(argv))
         finally:
-            sys.stdout.flush()  # here, and not at the interpreter's end, where a broken pipe is a complaint
+            sys.stdout.flush()
     except BrokenPipeError:
+        # At its end the interpreter tries to write what could not be written once more, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 

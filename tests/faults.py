@@ -66,6 +66,7 @@ FAULTS = (
         ("a block that diverges is not copied",
          "            plan.copies.append((source, sequence.table[index]))\n", ""),
         ("the copied block stays held", "            self.pool.release([source])\n", ""),
+        ("a failed step's copies are forgotten", "Plan(copies=self._copies)", "Plan()"),
         ("a block that diverges needs no room",
          "while max(missing, 0) + diverges >", "while max(missing, 0) >"),
         ("a preempted sequence believes itself computed",
@@ -178,7 +179,7 @@ FAULTS = (
     *_faults(
         "engine/engine.py",
         ("a planned copy is not made",
-         "            self.cache.copy_block(source, target)\n", "            pass\n"),
+         "            self.cache.copy_block(*plan.copies[0])\n", ""),
         ("guesses are drawn with the penalties before them",
          "sequence.counts + Counter(item.draft[:guessed])", "sequence.counts"),
         ("min_tokens does not count guesses",

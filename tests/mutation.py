@@ -10,7 +10,9 @@ until the first failure. Prints what caught it; exits with 1 if a fault survived
 import argparse
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from tests.faults import FAULTS, Fault
 
 ROOT = Path(__file__).parent.parent
 
-MOST_SECONDS = 300  # a fault may well keep a test from ending
+MOST_SECONDS = 300  # of the processor: a fault may well keep a test from ending
 
 # What is run for a fault in a file, quickest first.
 _BOOKS = ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_lifecycle.py",
@@ -62,13 +64,16 @@ def run_tests(tests: tuple[str, ...], file: str | None = None, source: str | Non
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rf",
                    *(f"tests/{test}" for test in tests)]
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        try:
-            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True,
-                                  check=False, timeout=MOST_SECONDS)
-        except subprocess.TimeoutExpired:
-            return Verdict(("a test that never ended",), "", True)
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False,
+                              preexec_fn=_limit_time)
+    if done.returncode == -signal.SIGXCPU:
+        return Verdict(("a test that never ended",), "", True)
     failed = tuple(re.findall(r"^FAILED tests/(\S+)", done.stdout, re.MULTILINE))
     return Verdict(failed, done.stdout + done.stderr, done.returncode == (1 if failed else 0))
+
+
+def _limit_time() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 10))
 
 
 def mutated(fault: Fault) -> str:

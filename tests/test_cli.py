@@ -82,7 +82,9 @@ def test_python_m_llama_is_the_same():
 def test_a_broken_pipe_is_no_complaint():
     reading, writing = os.pipe()
     os.close(reading)
-    ran = subprocess.run([sys.executable, "-m", "llama", "--help"], stdout=writing, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ran = subprocess.run([sys.executable, "-m", "llama", "--help"], stdout=writing, stderr=subprocess.PIPE,
+                         env=buffered)
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (141, b"")
 

@@ -81,34 +81,37 @@ def evaluate(model: Llama, tokenizer: Tokenizer, asked: list[Question],
 
 
 @torch.inference_mode()
+def attention_patterns(model: Llama, ids: Tensor) -> Tensor:
+    """What each token of one sequence looks at, by the definition: [layers, heads, queries, keys], float32."""
+    config, batch, taken = model.config, RaggedBatch.whole(ids), []
+    hooks = [block.attention.qkv.register_forward_hook(lambda _, __, out: taken.append(out))
+             for block in model.blocks]
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+    rotary, patterns = rotation(batch.positions, model.frequencies), []
+    unseen = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    for out in taken:
+        q, k, _ = (part.unflatten(-1, (-1, config.head_dim)) for part in out.split(
+            (config.q_size, config.kv_size, config.kv_size), dim=-1))
+        q, k = rotate(q, *rotary).float(), rotate(k, *rotary).float()
+        k = k.repeat_interleave(config.group_size, dim=1)  # [keys, heads, head_dim]
+        scores = torch.einsum("qhd,khd->hqk", q, k) / config.head_dim**0.5
+        patterns.append(scores.masked_fill(unseen, -torch.inf).softmax(dim=-1))
+    return torch.stack(patterns)
+
+
 def induction_scores(model: Llama, length: int = 64, seed: int = 0) -> Tensor:
     """Of each head, the attention that a repeated token pays to what followed it before: [layers, heads].
 
     Olsson et al., In-context learning and induction heads (2022). The mean over the second half of a random
     sequence given twice; a head that does only this has 1.
     """
-    config, scores = model.config, []
-    generator = torch.Generator().manual_seed(seed)
-    plain = torch.randint(0, config.vocab_size - 256, (length,), generator=generator)
-    batch = RaggedBatch.whole(torch.cat((torch.tensor([config.bos_token_id or 0]), plain, plain)))
-    targets = torch.arange(length + 1, 2 * length + 1)
-    taken: list[Tensor] = []
-    hooks = [block.attention.qkv.register_forward_hook(lambda _, __, out: taken.append(out))
-             for block in model.blocks]
-    model(batch)
-    for hook in hooks:
-        hook.remove()
-    rotary = rotation(batch.positions, model.frequencies)
-    for out in taken:
-        q, k, _ = (part.unflatten(-1, (-1, config.head_dim)) for part in out.split(
-            (config.q_size, config.kv_size, config.kv_size), dim=-1))
-        q, k = rotate(q, *rotary).float(), rotate(k, *rotary).float()
-        k = k.repeat_interleave(config.group_size, dim=1)  # [keys, heads, head_dim]
-        logits = torch.einsum("qhd,khd->hqk", q, k) / config.head_dim**0.5
-        unseen = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
-        pattern = logits.masked_fill(unseen, float("-inf")).softmax(dim=-1)  # [heads, queries, keys]
-        scores.append(pattern[:, targets, targets - length + 1].mean(dim=-1))
-    return torch.stack(scores)
+    bos = model.config.bos_token_id
+    plain = torch.randint(0, bos, (length,), generator=torch.Generator().manual_seed(seed))
+    patterns = attention_patterns(model, torch.cat((torch.tensor([bos]), plain, plain)))
+    repeated = torch.arange(length + 1, 2 * length + 1)
+    return patterns[:, :, repeated, repeated - length + 1].mean(dim=-1)
 
 
 def report(shares: dict[str, float], wrong: list[tuple[Question, str]], count: int) -> str:

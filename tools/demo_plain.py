@@ -17,7 +17,7 @@ Parts = list[tuple[str, bool]]
 
 def document(source: Source) -> Parts:
     """One text, which ends where its form ends, in parts: those marked follow from what is before them."""
-    return source.rng.choice((count, cycle, sums, sums, echo, echo, echo, echo, story))(source)
+    return source.rng.choice((count, cycle, sums, sums, sums, sums, echo, echo, echo, story))(source)
 
 
 def count(source: Source) -> Parts:

@@ -78,8 +78,9 @@ class Engine:
         return events
 
     def _run(self, plan: Plan) -> list[Outcome]:
-        for source, target in plan.copies:
-            self.cache.copy_block(source, target)
+        while plan.copies:
+            self.cache.copy_block(*plan.copies[0])
+            del plan.copies[0]
         batch = ragged_batch(plan.scheduled, BLOCK_SIZE, self.model.device)
         hidden = self.model.hidden(batch, self.cache)
         draws = self._draw(plan, hidden[batch.logit_rows])

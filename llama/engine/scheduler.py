@@ -57,7 +57,10 @@ class Scheduled:
 
 @dataclass
 class Plan:
-    """One step: what is computed, after copying blocks that are about to diverge, as (source, target)."""
+    """One step: what is computed, after copying blocks that are about to diverge, as (source, target).
+
+    Whoever has made a copy strikes it off: those of a step that failed before are left to the next.
+    """
 
     scheduled: list[Scheduled] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -88,6 +91,7 @@ class Scheduler:
         self.prefix_sharing = prefix_sharing
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
+        self._copies: list[tuple[int, int]] = []  # planned and not made yet: the tables name the targets already
 
     @property
     def has_work(self) -> bool:
@@ -156,7 +160,7 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do."""
-        plan = Plan()
+        plan = Plan(copies=self._copies)
         num_decoding = sum(sequence.is_decoding for sequence in self.running)
         limit = self.limits.mixed_step_tokens if num_decoding else self.limits.step_tokens
         budget = max(limit - num_decoding, 1)  # for prompts; whoever decodes has its token in any case

@@ -1,6 +1,7 @@
 """`llama generate`: one text, its forms of output, and what may stand where."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -78,8 +79,9 @@ def test_what_does_not_fit_the_context_is_refused_with_the_numbers(llama, checkp
 
 
 def test_a_reader_who_leaves_ends_it_quietly(endless):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen([sys.executable, "-m", "llama", "generate", "Hello", "--model", endless],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         assert process.stdout.read(5) == b"pqrst"
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -146,13 +146,21 @@ class Simulation:
         assert not late, f"still unanswered: {late}"
         return events
 
+    def fail(self, is_computed: bool) -> None:
+        """A step that comes to nothing, before or after the model has computed it."""
+        plan = self.scheduler.plan()
+        if is_computed:
+            self._compute(plan)
+        self.scheduler.check()
+
     # ---- what the fake does --------------------------------------------------------------------------------
 
     def _compute(self, plan: Plan) -> None:
-        for source, target in plan.copies:
+        while plan.copies:
+            source, target = plan.copies.pop(0)
             for offset in range(BLOCK_SIZE):
                 self._cache[target * BLOCK_SIZE + offset] = self._cache.get(source * BLOCK_SIZE + offset)
-        self.counts["copies"] += len(plan.copies)
+            self.counts["copies"] += 1
         names = [self._names(item) for item in plan.scheduled]
         written: set[int] = set()
         for item, own in zip(plan.scheduled, names):

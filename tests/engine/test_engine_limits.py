@@ -1,18 +1,20 @@
 """llama.engine.engine: what it refuses, what it holds in memory, and answers that are the same bits."""
 
+import itertools
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
+from llama.engine import engine as engine_module
 from llama.engine.engine import SCORED_ROWS
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, TokenEvent
 from llama.engine.scheduler import Limits
 from tests.engine.running import TINY, alone, engine_of, run
 from tests.engine.simulation import request
-from tests.engine.test_engine import REQUESTS
+from tests.engine.test_engine import REQUESTS, assert_same
 from tests.model.pairs import hugging_face, ours, random_ids
 
 
@@ -134,3 +136,44 @@ def test_deterministic_is_the_same_bits(dtype):
                                          (Limits(512, max_running=6, mixed_step_tokens=16), 9, lookup)):
         found = run(engine_of(model, limits, num_blocks, proposer=proposer), workload)
         assert found.samples == plain.samples and found.prompts == plain.prompts
+
+
+class Failure(RuntimeError):
+    """What the tests below let a step end with."""
+
+
+def failing(function, every):
+    """The function, which has done its work when it fails."""
+    calls = itertools.count(1)
+
+    def call(*args):
+        result = function(*args)
+        if next(calls) % every == 0:
+            raise Failure
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("where, every", [("propose", 23), ("hidden", 3), ("sample", 3)])
+def test_a_step_that_fails_is_done_again_as_if_it_had_not_been(monkeypatch, where, every):
+    """While guessing, computing or sampling; the blocks that samples share are copied in spite of it."""
+    model, lookup = ours(hugging_face(TINY["8:2"])), PromptLookup(min_ngram=1)
+    plain = alone(model, REQUESTS)
+    owner = {"propose": lookup, "hidden": model, "sample": engine_module}[where]
+    monkeypatch.setattr(owner, where, failing(getattr(owner, where), every))
+    engine = engine_of(model, Limits(512, step_tokens=40), 14, proposer=lookup)
+    step, failures = engine.step, 0
+
+    def persistent():
+        nonlocal failures
+        while True:
+            try:
+                return step()
+            except Failure:
+                engine.check()
+                failures += 1
+
+    monkeypatch.setattr(engine, "step", persistent)
+    assert_same(run(engine, REQUESTS), plain)
+    assert failures > 5

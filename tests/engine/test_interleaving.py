@@ -88,6 +88,10 @@ class Interleaving(RuleBasedStateMachine):
             if self.simulation.scheduler.has_work:
                 self.simulation.step()
 
+    @rule(is_computed=st.booleans())
+    def fail(self, is_computed):
+        self.simulation.fail(is_computed)
+
     def teardown(self):
         if hasattr(self, "simulation"):
             self.simulation.drain()

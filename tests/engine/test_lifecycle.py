@@ -135,6 +135,17 @@ def test_a_sample_left_alone_writes_in_place():
     assert simulation.counts["copies"] == 0
 
 
+@pytest.mark.parametrize("is_computed", [False, True])
+def test_blocks_are_copied_though_the_step_failed(is_computed):
+    simulation = Simulation(LIMITS, 40)
+    simulation.submit(request("a", [1] * 13, n=3, max_tokens=9, ignore_eos=True))
+    simulation.step()
+    simulation.fail(is_computed)
+    simulation.fail(is_computed)
+    simulation.drain()
+    assert simulation.counts["copies"] == 2
+
+
 # ---- events ------------------------------------------------------------------------------------------------
 
 
