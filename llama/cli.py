@@ -15,12 +15,10 @@ from typing import NoReturn
 
 from llama import __version__
 from llama.commands import UsageError
-from llama.config import DTYPE_BYTES
 from llama.engine.request import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS
+from llama.flags import add_checkpoint_flags, add_engine_flags, count
 from llama.terminal import is_terminal, prepare_streams
-
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4,
-          "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
+from server import flags as server_flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llama {__version__}",
                         help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_chat, _add_generate, _add_info, _add_pull):
+    for add in (_add_chat, _add_generate, _add_serve, _add_info, _add_pull):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -94,7 +92,8 @@ def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--stats", action="store_true",
                         help="after each reply, print tokens/s and time to first token")
     _add_sampling_flags(parser)
-    _add_model_flags(parser)
+    add_checkpoint_flags(parser)
+    add_engine_flags(parser)
     return parser
 
 
@@ -112,7 +111,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
     parser.add_argument("--output", metavar="FILE",
                         help="results, each appended when it is finished; what is answered there already is "
                         "skipped, so that the same command goes on where it was stopped")
-    parser.add_argument("--n", type=_count, metavar="N",
+    parser.add_argument("--n", type=count, metavar="N",
                         help=f"so many continuations of each text, at most {MAX_SAMPLES}")
     parser.add_argument("--json", action="store_true", help="print the result as a line of JSON")
     parser.add_argument("--logprobs", type=int, metavar="K",
@@ -120,7 +119,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
                         f"0 to {MAX_LOGPROBS}")
     parser.add_argument("--stats", action="store_true", help="print tokens/s and time to first token")
     _add_sampling_flags(parser)
-    _add_model_flags(parser)
+    add_checkpoint_flags(parser)
+    add_engine_flags(parser)
     return parser
 
 
@@ -132,7 +132,14 @@ def _add_info(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--load", action=argparse.BooleanOptionalAction,
                         help="load it, or do not; by default it is loaded where it fits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser("serve", help="answer over HTTP, in the OpenAI API's JSON",
+                                 description=server_flags.ABOUT)
+    server_flags.add_flags(parser)
     return parser
 
 
@@ -141,35 +148,6 @@ def _add_pull(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser("pull", help=about, description=f"{about.capitalize()}.")
     parser.add_argument("name", metavar="NAME", help="hub id, such as meta-llama/Llama-3.1-8B-Instruct")
     return parser
-
-
-def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="M",
-                       help="directory of a checkpoint, or hub id; by default the demo model")
-    group.add_argument("--dtype", choices=tuple(DTYPE_BYTES),
-                       help="dtype of weights and KV cache; by default the checkpoint's own")
-    group.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda or cuda:N")
-    group.add_argument("--threads", type=_count, metavar="N",
-                       help="CPU threads; by default as many as torch chooses")
-    group.add_argument("--context", type=_count, metavar="N",
-                       help="tokens of prompt and reply together, at most; by default what the model was "
-                       "made for")
-
-
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint_flags(parser)
-    group = parser.add_argument_group("engine")
-    group.add_argument("--kv-cache", type=_size, metavar="SIZE",
-                       help="memory for keys and values, such as 4GiB; by default what can be used, but at "
-                       "most half of what is free")
-    guesses = group.add_mutually_exclusive_group()
-    guesses.add_argument("--prompt-lookup", action="store_true",
-                         help="guess repeated text ahead: the same output, faster where it copies")
-    guesses.add_argument("--draft", metavar="M",
-                         help="let a smaller checkpoint with the same tokenizer guess ahead")
-    group.add_argument("--deterministic", action="store_true", help="the same bits for a request whatever it "
-                       "shares the engine with, at some cost in speed")
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -195,18 +173,3 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
                        help="-2 to 2; above 0: less of a token that was generated")
     group.add_argument("--repetition-penalty", type=float, metavar="X",
                        help="above 0, at most 2; above 1: less of a token in prompt or reply")
-
-
-def _count(text: str) -> int:
-    """An integer from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    """Bytes, with or without a unit: 4GiB, 500MB, 1000000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?I?)B?", text.upper())
-    if not match or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])

@@ -96,6 +96,13 @@ class LlamaConfig:
         """Bytes of all weights in `dtype` (by default the checkpoint's own)."""
         return self.num_parameters * DTYPE_BYTES[dtype or self.dtype]
 
+    def context_length(self, wanted: int | None = None) -> int:
+        """Positions of prompt and reply together; None: all that the model was made for. Raises ConfigError."""
+        most = self.max_position_embeddings
+        if wanted is not None and not 1 <= wanted <= most:
+            raise ConfigError(f"a context of {wanted} tokens is not what this model was made for; give 1 to {most}")
+        return most if wanted is None else wanted
+
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes that one position takes in the KV cache, all layers together."""
         return 2 * self.num_layers * self.kv_size * DTYPE_BYTES[dtype or self.dtype]

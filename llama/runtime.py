@@ -15,13 +15,14 @@ from torch import Tensor
 from llama.checkpoint.load import load_model
 from llama.checkpoint.pull import resolve
 from llama.completion import Completion, Delta
-from llama.config import ConfigError, LlamaConfig, read_json_object, read_token_ids
+from llama.config import ConfigError, LlamaConfig
 from llama.driver import Driver
 from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE, SCORED_ROWS, Engine
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, SamplingParams
 from llama.engine.scheduler import Limits
+from llama.generation_config import read_generation_config
 from llama.machine import available_memory
 from llama.model.cache import KVCache
 from llama.model.ragged import RaggedBatch, Segment
@@ -29,8 +30,6 @@ from llama.model.transformer import Llama as Transformer
 from llama.progress import ProgressBar
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
-
-DEMO = Path(__file__).parent / "demo"
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -69,7 +68,7 @@ class Llama:
 
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
         """
-        directory = DEMO if name is None else resolve(str(name))
+        directory = resolve(name)
         tokenizer = Tokenizer.from_directory(directory)
         template = ChatTemplate.from_directory(directory)
         defaults, eos_token_ids = read_generation_config(directory)
@@ -79,8 +78,7 @@ class Llama:
         if tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                               f"{config.vocab_size}; they are not of one checkpoint")
-        max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-        limits = Limits(max_context=max_context, **(limits or {}))
+        limits = Limits(max_context=config.context_length(max_context), **(limits or {}))
         num_blocks = _num_blocks(config, model.dtype, limits, kv_cache_bytes)
         proposer = PromptLookup() if prompt_lookup else None
         if draft is not None:
@@ -192,26 +190,6 @@ class Llama:
             yield self.model.hidden(batch, cache)
 
 
-def read_generation_config(directory: Path) -> tuple[SamplingParams, tuple[int, ...]]:
-    """Sampling defaults and end-of-turn ids of generation_config.json; without the file, Llama's usual ones.
-
-    Raises ConfigError that names the file.
-    """
-    path = Path(directory) / "generation_config.json"
-    raw = read_json_object(path) if path.is_file() else {}
-    try:
-        greedy = raw.get("do_sample") is False
-        defaults = SamplingParams(
-            temperature=0.0 if greedy else raw.get("temperature", 0.6),
-            top_p=raw.get("top_p", 0.9),
-            top_k=raw.get("top_k") or -1,
-            repetition_penalty=raw.get("repetition_penalty", 1.0),
-        )
-        return defaults, read_token_ids(raw, "eos_token_id")
-    except (ConfigError, RequestError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
 def _num_blocks(config: LlamaConfig, dtype: torch.dtype, limits: Limits, kv_cache_bytes: int | None) -> int:
     """Blocks of the KV cache within its memory. Raises ConfigError if that is less than one."""
     block_bytes = BLOCK_SIZE * config.kv_bytes_per_token(str(dtype).removeprefix("torch."))
@@ -226,7 +204,7 @@ def _num_blocks(config: LlamaConfig, dtype: torch.dtype, limits: Limits, kv_cach
 def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_blocks: int, progress: bool | None
                 ) -> DraftModel:
     """The draft checkpoint, in the model's dtype and place. Raises ConfigError if it speaks another vocabulary."""
-    directory = resolve(str(name))
+    directory = resolve(name)
     other = Tokenizer.from_directory(directory)
     if [other.token_bytes(i) for i in range(other.vocab_size)] != \
             [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]:

@@ -40,7 +40,7 @@ def parsers(parser):
 
 def test_every_flag_has_help():
     found = list(parsers(build_parser()))
-    assert [parser.prog for parser in found] == ["llama", "llama chat", "llama generate", "llama info",
+    assert [parser.prog for parser in found] == ["llama", "llama chat", "llama generate", "llama serve", "llama info",
                                                  "llama pull"]
     for parser in found:
         assert parser.description
@@ -123,7 +123,7 @@ def test_usage_errors_are_one_line_and_2(capsys, tmp_path, args, message):
     (["chat", "x", "--model", "{empty}"],
      "{empty} holds neither config.json nor params.json; name the directory of a Llama checkpoint"),
     (["chat", "x", "--context", "5000", "--model", "{model}"],
-     "--context 5000 is more than this model was made for, which is 4096; give that or less"),
+     "a context of 5000 tokens is not what this model was made for; give 1 to 4096"),
     (["generate", "x", "--device", "cuda:99", "--model", "{model}"],
      "--device cuda:99: torch "),
     (["generate", "--input", "{empty}/in", "--output", "{empty}/out"],

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from llama.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME, read_weight_map
 
+DEMO = Path(__file__).parents[1] / "demo"
+
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Meta's own layout: the same weights once more.
 _UNWANTED = ["original/*"]
@@ -17,11 +19,15 @@ class PullError(ValueError):
     """A name stands for no checkpoint that is here or can be fetched; the message says what to do."""
 
 
-def resolve(name: str) -> Path:
-    """The directory of a checkpoint, given as such or by a hub id such as meta-llama/Llama-3.1-8B-Instruct.
+def resolve(name: str | Path | None) -> Path:
+    """The directory of a checkpoint, given as such or by a hub id such as meta-llama/Llama-3.1-8B-Instruct; None: the
+    embedded demo.
 
     A hub id that the local cache holds with all its weights does not touch the network. Raises PullError.
     """
+    if name is None:
+        return DEMO
+    name = str(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.layout import match
+from llama.checkpoint.pull import resolve
 from llama.checkpoint.safetensors import CheckpointError, read_stored
-from llama.commands.loading import context_of, locate, prepare_torch
+from llama.commands.loading import prepare_torch
 from llama.commands.report import as_text, loaded_as_text, size
 from llama.config import DTYPE_BYTES, LlamaConfig
 from llama.engine.request import Request, SamplingParams
@@ -32,7 +33,7 @@ _NUM_TOKENS = 16
 
 def run(args: argparse.Namespace) -> int:
     """Print what is known. Then, if the weights are not as they should be, raises CheckpointError."""
-    directory = locate(args.model)
+    directory = resolve(args.model)
     config = LlamaConfig.from_directory(directory)
     facts = describe(directory, config, args)
     problem = None
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(directory: Path, config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any]:
     """What follows from the configuration and the machine. Sizes are in bytes, contexts in tokens."""
-    context = context_of(args, config)
+    context = config.context_length(args.context)
     dtype = args.dtype or config.dtype
     free = _free_memory(args)
     kv_bytes = config.kv_bytes_per_token(dtype)

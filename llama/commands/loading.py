@@ -1,7 +1,6 @@
 """From flags to a loaded model and to sampling parameters."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.checkpoint.pull import resolve
@@ -11,22 +10,6 @@ from llama.engine.request import RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from llama.runtime import Llama
-
-_DEMO = Path(__file__).parents[1] / "demo"
-
-
-def locate(name: str | None) -> Path:
-    """The directory that --model stands for."""
-    return _DEMO if name is None else Path(resolve(name))
-
-
-def context_of(args: argparse.Namespace, config: LlamaConfig) -> int:
-    """Tokens of prompt and reply together. Raises CommandError if the model is not made for so many."""
-    most = config.max_position_embeddings
-    if args.context is not None and args.context > most:
-        raise CommandError(f"--context {args.context} is more than this model was made for, which is {most}; "
-                           "give that or less")
-    return args.context or most
 
 
 def prepare_torch(args: argparse.Namespace) -> None:
@@ -49,8 +32,8 @@ def prepare_torch(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace) -> "Llama":
     """The model that the flags describe."""
-    directory = locate(args.model)
-    context = context_of(args, LlamaConfig.from_directory(directory))
+    directory = resolve(args.model)
+    context = LlamaConfig.from_directory(directory).context_length(args.context)  # before torch takes its time
     prepare_torch(args)
     from llama.runtime import Llama
 

@@ -1,0 +1,5 @@
+"""`llama serve`: see `server.serve`."""
+
+from server.serve import run
+
+__all__ = ["run"]

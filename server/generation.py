@@ -1,0 +1,185 @@
+"""From a call to its answer: requests to the engine, its events to text, text to JSON or server-sent events."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llama.completion import GenerationError, RequestReader
+from llama.engine.request import PromptEvent, QueueFullError, Request, RequestError, TokenEvent
+from server.access import Entry
+from server.call import Call
+from server.errors import ApiError, refusal
+from server.http.exchange import ClientGoneError, EventStream, Exchange
+from server.http.hangups import Hangups
+from server.metrics import Metrics, Stopwatch
+from server.rendering import Chunk, Rendering, dumps
+from server.served import Served
+from server.supervisor import EngineUnavailableError, Event, Lost, Supervisor, Ticket
+
+JSON = "application/json"
+DONE = b"[DONE]"
+RETRY_SECONDS = 1  # after which a full queue may have room
+LOAD_SECONDS = 5  # after which a model may be loaded
+_PUSH_SECONDS = 0.05  # how soon a slow reader is tried again
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Answers calls by an engine. heartbeat_seconds: after so long without text a stream shows that it lives."""
+
+    supervisor: Supervisor
+    hangups: Hangups
+    metrics: Metrics
+    heartbeat_seconds: float
+
+    def answer(self, exchange: Exchange, entry: Entry, served: Served, call: Call, salt: str) -> None:
+        """Generate, and answer the exchange. Raises ApiError, also where a stream has already been broken off with
+        it (then exchange.status is set); ClientGoneError."""
+        watch = Stopwatch(self.metrics)
+        rendering = Rendering(call, served)
+        entry.id = rendering.id
+        exchange.fields.append(("X-Request-Id", rendering.id))
+        requests = [Request(f"{rendering.id}-{number}", prompt, call.params, salt)
+                    for number, prompt in enumerate(call.prompts)]
+        entry.prompt_tokens = sum(map(len, call.prompts))
+        ticket = self._submit(requests, watch)
+        run = _Run(call, served, rendering, ticket, watch)
+        try:
+            with self.hangups.watching(exchange.transport.socket, ticket.cancel):
+                self._deliver(exchange, run)
+        except ClientGoneError:
+            watch.fail("cancelled")
+            raise
+        except _FailedError as error:
+            watch.fail(error.reason)
+            raise error.answer from None
+        else:
+            watch.succeed(run.finish_reason, entry.prompt_tokens)
+        finally:
+            ticket.cancel()
+            entry.completion_tokens = watch.num_tokens
+            entry.cached_tokens = run.num_cached
+            entry.queue_seconds, entry.first_token_seconds = watch.queued, watch.first_token
+
+    def _submit(self, requests: list[Request], watch: Stopwatch) -> Ticket:
+        """Hand the requests over. Raises ApiError."""
+        try:
+            return self.supervisor.submit(requests)
+        except RequestError as error:
+            watch.fail("refused")
+            raise refusal(error) from None
+        except QueueFullError as error:
+            watch.fail("queue_full")
+            raise ApiError(429, f"the queue is full: {error}", code="queue_full",
+                           retry_after=RETRY_SECONDS) from None
+        except EngineUnavailableError as error:
+            watch.fail("unavailable")
+            raise unavailable(error.state, str(error)) from None
+
+    def _deliver(self, exchange: Exchange, run: "_Run") -> None:
+        if not run.call.stream:
+            body = dumps(run.rendering.reply(itertools.chain.from_iterable(run.chunks(None))))
+            exchange.answer(200, body, JSON)
+            return
+        stream = exchange.stream()
+        try:
+            for chunks in run.chunks(self.heartbeat_seconds, stream):
+                stream.send(map(dumps, chunks))
+        except _FailedError as error:
+            stream.break_off(dumps(error.answer.body()))
+            raise
+        stream.send([DONE])
+        stream.end()
+
+
+class _FailedError(Exception):
+    """The engine did not bring the call to its end. reason: as `Metrics.failures` has it."""
+
+    def __init__(self, reason: str, answer: ApiError):
+        super().__init__(answer.message)
+        self.reason = reason
+        self.answer = answer
+
+
+class _Run:
+    """One call under way."""
+
+    def __init__(self, call: Call, served: Served, rendering: Rendering, ticket: Ticket, watch: Stopwatch):
+        self.call = call
+        self.rendering = rendering
+        self._ticket = ticket
+        self._watch = watch
+        self._readers = {name: RequestReader(served.tokenizer, call.params, len(prompt))
+                         for name, prompt in zip(ticket.request_ids, call.prompts)}
+        self._places = {name: place for place, name in enumerate(ticket.request_ids)}
+        self._reasons: set[str] = set()
+
+    @property
+    def finish_reason(self) -> str:
+        """Of all choices together: "length" if one of them was cut."""
+        return "length" if "length" in self._reasons else "stop"
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompts that the prefix cache had."""
+        return sum(reader.num_cached_tokens for reader in self._readers.values())
+
+    def chunks(self, heartbeat_seconds: float | None, stream: EventStream | None = None) -> Iterator[list[Chunk]]:
+        """All chunks of the answer, those that come together in one list.
+
+        Raises _FailedError, and ClientGoneError once the ticket has been cancelled from elsewhere.
+        """
+        yield self.rendering.opening()
+        while events := self._events(heartbeat_seconds, stream):
+            chunks = self._read(events)
+            if chunks:
+                yield chunks
+        if not all(reader.is_done for reader in self._readers.values()):
+            raise ClientGoneError
+        yield self.rendering.closing()
+
+    def _events(self, heartbeat_seconds: float | None, stream: EventStream | None) -> list[Event]:
+        """What has come; [] at the end. While nothing comes, the stream is kept alive."""
+        waited = 0.0
+        while True:
+            pause = _PUSH_SECONDS if stream is not None and stream.has_pending else heartbeat_seconds
+            events = self._ticket.get(pause)
+            if events is not None:
+                return events
+            stream.push()
+            waited += pause
+            if waited >= heartbeat_seconds:
+                stream.beat()
+                waited = 0.0
+
+    def _read(self, events: list[Event]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        num_tokens = sum(isinstance(event, TokenEvent) and event.token_id is not None for event in events)
+        if self._ticket.began is not None:
+            self._watch.progress(num_tokens, self._ticket.began)
+        for event in events:
+            if isinstance(event, Lost):
+                raise _FailedError("lost", ApiError(503, event.message, code="engine_lost",
+                                                    retry_after=LOAD_SECONDS))
+            chunks += self._read_one(event)
+        return chunks
+
+    def _read_one(self, event: TokenEvent | PromptEvent) -> list[Chunk]:
+        reader = self._readers[event.request_id]
+        try:
+            delta = reader.read(event)
+        except GenerationError as error:
+            raise _FailedError("error", ApiError(500, str(error), code="generation_failed")) from None
+        if delta is None:
+            return []
+        if delta.finish_reason is not None:
+            self._reasons.add(delta.finish_reason)
+            if isinstance(delta.stop_reason, str):  # the engine, which sees no text, would go on
+                self._ticket.cancel(event.request_id, delta.index)
+        return self.rendering.delta(self._places[event.request_id], delta, reader.prompt_logprobs)
+
+
+def unavailable(state: str, detail: str) -> ApiError:
+    """The refusal while no engine takes requests."""
+    return ApiError(503, f"no requests are taken now ({state}): {detail}", code=f"engine_{state}",
+                    retry_after=LOAD_SECONDS)
