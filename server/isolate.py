@@ -1,9 +1,9 @@
 """A step that raised: which request is the cause, so that it alone ends and all others go on.
 
-The engine's promise is that a failed step leaves no trace: an exception with `request_ids`, those whom it was
-computing for, says that nothing of it was kept, and that step(only=...) may try again for some of them. Draws
-depend on seed, sample and position alone, so whoever is tried twice gets the same tokens. Any other exception
-means that the engine's books cannot be trusted any more; it is not caught here.
+The engine's promise is that nothing is kept of a step that ended in StepError, and that step(only=...) may
+try again for some of those whom it was for. Draws depend on seed, sample and position alone, so whoever is
+tried twice gets the same tokens. Any other exception means that the engine's books cannot be trusted any
+more; it is not caught here.
 """
 
 import sys
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence as Ordered
 from typing import Any
 
-from llama.engine.request import Event, Request, SamplingParams
+from llama.engine.request import Event, Request, SamplingParams, StepError
 
 PROBE = Request("probe", (0,), SamplingParams(max_tokens=1, temperature=0.0, top_p=1.0, top_k=-1,
                                               repetition_penalty=1.0))
@@ -51,14 +51,11 @@ def step(engine: Any) -> tuple[list[Event], dict[str, str]]:
 def _try(engine: Any, only: frozenset[str] | None) -> tuple[list[Event], tuple[Ordered[str], str] | None]:
     """A step's events; or whom it failed for, and why. The tensors that the exception holds are let go."""
     try:
-        return (engine.step() if only is None else engine.step(only=only)), None
-    except Exception as error:
-        request_ids = getattr(error, "request_ids", ())
-        if not request_ids:
-            raise
+        return engine.step(only), None
+    except StepError as error:
         if only is None:
             traceback.print_exc(file=sys.stderr)
-        return [], (request_ids, sentence(error.__cause__ or error))
+        return [], (error.request_ids, sentence(error.__cause__ or error))
 
 
 def _try_halves(engine: Any, request_ids: Ordered[str], why: str, culprits: dict[str, str]) -> list[Event]:

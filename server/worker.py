@@ -169,7 +169,7 @@ class Worker:
         while True:
             time.sleep(BEAT_SECONDS)
             began = self._step_began
-            usage = getattr(self._engine, "cache_usage", 0.0)
+            usage = 0.0 if self._engine is None else self._engine.cache_usage
             self._send(("beat", 0.0 if began is None else time.monotonic() - began, usage))
 
     def _send(self, message: tuple) -> None:

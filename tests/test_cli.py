@@ -92,7 +92,7 @@ def test_a_broken_pipe_is_no_complaint():
 @pytest.mark.parametrize("args, message", [
     ([], "the following arguments are required: COMMAND; see llama --help"),
     (["sing"],
-     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'info', 'pull'); see "
+     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'info', 'pull'); see "
      "llama --help"),
     (["chat", "--top", "1"], "ambiguous option: --top could match --top-p, --top-k; see llama chat --help"),
     (["chat", "--temperature", "warm"],

@@ -6,7 +6,7 @@
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from llama.engine.batch import ragged_batch
 from llama.engine.blocks import BlockPool
 from llama.engine.propose import Proposer
-from llama.engine.request import Event, Request, RequestError, TokenLogprob
+from llama.engine.request import Event, Request, RequestError, StepError, TokenLogprob
 from llama.engine.sampler import SampleRow, log_probabilities, sample
 from llama.engine.scheduler import Limits, Outcome, Plan, Scheduled, Scheduler
 from llama.model.cache import KVCache
@@ -44,6 +44,12 @@ class Engine:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
+    @property
+    def cache_usage(self) -> float:
+        """The share of the KV cache's blocks that sequences hold, 0 to 1."""
+        pool = self.scheduler.pool
+        return pool.num_held / pool.num_blocks
+
     def submit(self, request: Request) -> None:
         """Queue a request whose params have no default left open.
 
@@ -67,12 +73,21 @@ class Engine:
         return self.scheduler.cancel(request_id, index)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """Compute one step and report what it brought."""
-        plan = self.scheduler.plan()
+    def step(self, only: Container[str] | None = None) -> list[Event]:
+        """Compute one step and report what it brought; for these requests alone, if `only` is given.
+
+        Raises StepError if it cannot be computed. All is then as if it had not been tried, so that it can be
+        tried again for some of those requests, with the same draws.
+        """
+        plan = self.scheduler.plan(only)
         if not plan.scheduled:
             return []
-        events = self.scheduler.commit(plan, self._run(plan))
+        try:
+            outcomes = self._run(plan)
+        except Exception as error:
+            names = dict.fromkeys(item.sequence.request.id for item in plan.scheduled)
+            raise StepError(tuple(names)) from error
+        events = self.scheduler.commit(plan, outcomes)
         if not self.has_work:
             self.check()
         return events

@@ -27,6 +27,14 @@ class QueueFullError(RuntimeError):
     """As many requests, or as many of their tokens, wait as are allowed; try again later."""
 
 
+class StepError(RuntimeError):
+    """A step that could not be computed, and of which nothing was kept. `request_ids`: whom it was for."""
+
+    def __init__(self, request_ids: tuple[str, ...]):
+        super().__init__(f"a step could not be computed, for the requests {', '.join(request_ids)}")
+        self.request_ids = request_ids
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue one prompt. None stands for the default of the checkpoint's generation_config.json.

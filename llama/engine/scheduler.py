@@ -8,7 +8,7 @@ blocks, in the pool, for as long as nobody needs the room.
 
 import secrets
 from collections import deque
-from collections.abc import Sequence as Ordered
+from collections.abc import Container, Sequence as Ordered
 from dataclasses import dataclass, field
 
 from llama.engine.blocks import BlockPool, root_digest
@@ -158,14 +158,18 @@ class Scheduler:
 
     # ---- plan -----------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do."""
+    def plan(self, only: Container[str] | None = None) -> Plan:
+        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do.
+
+        only: ids of requests; whoever is not of them stays as it is.
+        """
         plan = Plan(copies=self._copies)
-        num_decoding = sum(sequence.is_decoding for sequence in self.running)
+        running = [sequence for sequence in self.running if only is None or sequence.request.id in only]
+        num_decoding = sum(sequence.is_decoding for sequence in running)
         limit = self.limits.mixed_step_tokens if num_decoding else self.limits.step_tokens
         budget = max(limit - num_decoding, 1)  # for prompts; whoever decodes has its token in any case
         num_running = len(self.running)
-        for sequence in list(self.running):
+        for sequence in running:
             if sequence not in self.running:
                 continue  # gave its blocks to an older one just now
             length = 1 if sequence.is_decoding else min(sequence.num_pending, budget)
@@ -173,8 +177,11 @@ class Scheduler:
                 plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
                 budget -= 0 if sequence.is_decoding else length
         preempted = len(self.running) < num_running
-        while budget > 0 and self.waiting and not preempted and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
+        while budget > 0 and not preempted:
+            sequence = next((one for one in self.waiting if only is None or one.request.id in only), None)
+            if sequence is None or not self._admit(sequence):
+                break
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             length = min(sequence.num_pending, budget)
             budget -= length

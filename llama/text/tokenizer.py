@@ -159,7 +159,9 @@ class Tokenizer:
         Text is text: `<|eot_id|>` in it becomes several ordinary ids. A lone surrogate is encoded as U+FFFD.
         """
         # The file's post-processor would add a second begin-of-text: it is never asked to.
-        ids = self._backend.encode(valid_text(text), add_special_tokens=False).ids
+        # A batch of one, because only batches let other threads run meanwhile, which long texts take long for.
+        [encoding] = self._backend.encode_batch_fast([valid_text(text)], add_special_tokens=False)
+        ids = encoding.ids
         if not self._special_ids.isdisjoint(ids):
             names = [name for name, token_id in self.special_tokens.items() if token_id in ids]
             raise TokenizerError(f"this vocabulary makes the special token {names[0]} out of plain text")

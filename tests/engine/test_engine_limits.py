@@ -10,7 +10,7 @@ import torch
 from llama.engine import engine as engine_module
 from llama.engine.engine import SCORED_ROWS
 from llama.engine.propose import PromptLookup
-from llama.engine.request import RequestError, TokenEvent
+from llama.engine.request import RequestError, StepError, TokenEvent
 from llama.engine.scheduler import Limits
 from tests.engine.running import TINY, alone, engine_of, run
 from tests.engine.simulation import request
@@ -170,7 +170,7 @@ def test_a_step_that_fails_is_done_again_as_if_it_had_not_been(monkeypatch, wher
         while True:
             try:
                 return step()
-            except Failure:
+            except (Failure, StepError):
                 engine.check()
                 failures += 1
 

@@ -13,7 +13,7 @@ import time
 
 from llama.config import ConfigError
 from llama.engine.request import (PromptEvent, QueueFullError, Request, RequestError, SamplingParams,
-                                  TokenEvent)
+                                  StepError, TokenEvent)
 from server.wire import EngineSpec, Loaded
 
 FACTORY = "tests.server.scripted:load"
@@ -57,14 +57,6 @@ def expected(request):
                 TokenEvent(request.id, index, last, finish_reason="length")]
 
     return [PromptEvent(request.id)], {index: of_sample(index) for index in range(request.params.n)}
-
-
-class StepFailed(RuntimeError):
-    """What the engine's StepError is: nothing of the step was kept."""
-
-    def __init__(self, request_ids, message):
-        super().__init__(message)
-        self.request_ids = request_ids
 
 
 class Running:
@@ -132,7 +124,7 @@ class ScriptedEngine:
         scheduled = [one for one in self.running if only is None or one.request.id in only]
         names = tuple(one.request.id for one in scheduled)
         if self.broken_after is not None and self.num_steps > self.broken_after:
-            raise StepFailed(names, "the device is gone")
+            raise StepError(names) from RuntimeError("the device is gone")
         for one in scheduled:
             self._go_wrong(one, names)
         return [event for one in scheduled for event in self._advance(one)]
@@ -142,7 +134,7 @@ class ScriptedEngine:
         if one.position != int(position):
             return
         if fault == "raise":
-            raise StepFailed(names, f"{one.request.id} cannot be computed")
+            raise StepError(names) from RuntimeError(f"{one.request.id} cannot be computed")
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hang":

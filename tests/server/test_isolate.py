@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from llama.engine.request import PromptEvent, TokenEvent
+from llama.engine.request import PromptEvent, StepError, TokenEvent
 from server import isolate
-from tests.server.scripted import ScriptedEngine, StepFailed, request, token
+from tests.server.scripted import ScriptedEngine, request, token
 
 
 def run(engine, requests):
@@ -38,7 +38,7 @@ def test_only_those_at_fault_end(at_fault):
     for number, one in enumerate(requests):
         length = at_fault.get(number, 5)
         assert tokens_of(events, one.id) == [token(one, 0, position) for position in range(length)]
-        assert culprits.get(one.id) in (None, f"StepFailed: {one.id} cannot be computed")
+        assert culprits.get(one.id) in (None, f"RuntimeError: {one.id} cannot be computed")
     begun = {event.request_id for event in events if isinstance(event, PromptEvent)}
     assert begun == {one.id for number, one in enumerate(requests) if at_fault.get(number) != 0}
 
@@ -53,7 +53,7 @@ def test_one_alone_is_at_fault_and_the_engine_goes_on():
     engine = ScriptedEngine(faults={"bad": "raise@2"})
     events, culprits = run(engine, [request("bad")])
     assert len(tokens_of(events, "bad")) == 2
-    assert culprits == {"bad": "StepFailed: bad cannot be computed"}
+    assert culprits == {"bad": "RuntimeError: bad cannot be computed"}
     assert not engine.has_work
     assert engine.cancelled[-1] == (isolate.PROBE.id, None)
     assert run(engine, [request("good")])[1] == {}
@@ -73,7 +73,7 @@ def test_a_step_that_fails_only_as_a_whole_is_nobody_s_fault(capfd):
         names = [one.request.id for one in (*engine.waiting, *engine.running)
                  if only is None or one.request.id in only]
         if len(names) > 2:
-            raise StepFailed(tuple(names), "out of memory")
+            raise StepError(tuple(names)) from MemoryError("out of memory")
         return whole(only)
 
     engine.step = too_large

@@ -305,7 +305,7 @@ def test_a_request_that_makes_a_step_fail_takes_down_itself():
         good = [supervisor.submit([request(f"good{number}", max_tokens=30)]) for number in range(5)]
         *events, last = supervisor.submit([request("bad", max_tokens=9)])
         assert len(events) == 3
-        why = "the model failed on this request: StepFailed: bad cannot be computed"
+        why = "the model failed on this request: RuntimeError: bad cannot be computed"
         assert last == TokenEvent("bad", 0, None, finish_reason="error", error=why)
         for number, ticket in enumerate(good):
             assert_whole(list(ticket), [request(f"good{number}", max_tokens=30)])

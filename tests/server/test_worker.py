@@ -114,7 +114,7 @@ def test_a_culprit_ends_with_an_error_for_each_sample_that_has_not():
         batches = steps(process, is_end_of("good"))
     assert len(batches) == 7
     *_, first, second = [event for batch in batches for event in batch if event.request_id == "bad"]
-    why = "the model failed on this request: StepFailed: bad cannot be computed"
+    why = "the model failed on this request: RuntimeError: bad cannot be computed"
     assert [first, second] == [
         TokenEvent("bad", index, None, finish_reason="error", error=why) for index in (0, 2)]
     assert [event.token_id for batch in batches for event in batch if event.request_id == "good"] == [
@@ -123,7 +123,7 @@ def test_a_culprit_ends_with_an_error_for_each_sample_that_has_not():
 
 @pytest.mark.parametrize(("options", "sentence"), [
     ({"faults": {"bad": "defect@0"}}, "ZeroDivisionError: the books are wrong"),
-    ({"broken_after": 0}, "the engine cannot compute anything any more: StepFailed: the device is gone"),
+    ({"broken_after": 0}, "the engine cannot compute anything any more: RuntimeError: the device is gone"),
 ])
 def test_an_engine_that_cannot_go_on_says_why_and_ends(options, sentence, capfd):
     with worker(**options) as process:
