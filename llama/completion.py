@@ -3,7 +3,7 @@
 The completion is the fold of the deltas; there is no second way to it. Free of torch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama.engine.request import Event, FinishReason, PromptEvent, SamplingParams, TokenEvent, TokenLogprob
@@ -56,6 +56,17 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_logprobs: tuple[TokenLogprob, ...] | None
     usage: Usage
+
+    @classmethod
+    def fold(cls, deltas: Sequence[Delta], params: SamplingParams, num_prompt_tokens: int, num_cached_tokens: int = 0,
+             prompt_logprobs: tuple[TokenLogprob, ...] = ()) -> "Completion":
+        """What all deltas of one sample add up to."""
+        ids = tuple(token_id for delta in deltas for token_id in delta.ids)
+        logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
+        return cls("".join(delta.text for delta in deltas), ids, deltas[-1].finish_reason, deltas[-1].stop_reason,
+                   None if params.logprobs is None else logprobs,
+                   None if params.prompt_logprobs is None else prompt_logprobs,
+                   Usage(num_prompt_tokens, len(ids), num_cached_tokens))
 
 
 class SampleReader:
@@ -127,15 +138,5 @@ class RequestReader:
 
     def completions(self) -> list[Completion]:
         """The samples, folded; to be asked when all are done."""
-        wants_prompt = self.params.prompt_logprobs is not None
-        return [_fold(deltas, self.params.logprobs is not None, tuple(self.prompt_logprobs) if wants_prompt else None,
-                      self.num_prompt_tokens, self.num_cached_tokens) for deltas in self._deltas.values()]
-
-
-def _fold(deltas: Iterable[Delta], wants_logprobs: bool, prompt_logprobs: tuple[TokenLogprob, ...] | None,
-          num_prompt_tokens: int, num_cached_tokens: int) -> Completion:
-    deltas = list(deltas)
-    ids = tuple(token_id for delta in deltas for token_id in delta.ids)
-    logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs) if wants_logprobs else None
-    return Completion("".join(delta.text for delta in deltas), ids, deltas[-1].finish_reason, deltas[-1].stop_reason,
-                      logprobs, prompt_logprobs, Usage(num_prompt_tokens, len(ids), num_cached_tokens))
+        return [Completion.fold(deltas, self.params, self.num_prompt_tokens, self.num_cached_tokens,
+                                tuple(self.prompt_logprobs)) for deltas in self._deltas.values()]

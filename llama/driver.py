@@ -26,7 +26,8 @@ class Driver:
         self._lock = threading.Lock()
 
     def stream(self, ids: Sequence[int], params: SamplingParams) -> Iterator[Delta]:
-        """One request, token by token. Closing the iterator cancels it. Raises RequestError, GenerationError."""
+        """One request, token by token; before its first one an empty delta a step, so that a caller who has waited
+        long enough can leave. Closing the iterator cancels it. Raises RequestError, GenerationError."""
         reader = RequestReader(self.tokenizer, params, len(ids))
         while (name := self._submit(ids, params)) is None:
             self._step()
@@ -34,6 +35,8 @@ class Driver:
             while not reader.is_done:
                 if not self._inboxes[name]:
                     self._step(unless=name)
+                if not self._inboxes[name]:
+                    yield Delta(0, "", ())
                 yield from self._read(name, reader)
         finally:
             self._forget(name)

@@ -79,7 +79,7 @@ class Llama:
             raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                               f"{config.vocab_size}; they are not of one checkpoint")
         limits = Limits(max_context=config.context_length(max_context), **(limits or {}))
-        num_blocks = _num_blocks(config, model.dtype, limits, kv_cache_bytes)
+        num_blocks = _num_blocks(model, limits, kv_cache_bytes)
         proposer = PromptLookup() if prompt_lookup else None
         if draft is not None:
             proposer = _load_draft(draft, tokenizer, model, num_blocks, progress)
@@ -119,7 +119,8 @@ class Llama:
         """The same as `chat` for messages and `generate` for a prompt, delta by delta.
 
         There is one for each token; its text is "" while that may still become part of a character or a stop
-        string. Closing the iterator cancels what is not yet generated.
+        string. Before the first, while the prompt is computed, come deltas without ids. Closing the iterator cancels
+        what is not yet generated.
         """
         is_chat = bool(prompt) and isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
         ids = self.encode_chat(prompt, **template) if is_chat else self.encode(prompt)
@@ -190,15 +191,20 @@ class Llama:
             yield self.model.hidden(batch, cache)
 
 
-def _num_blocks(config: LlamaConfig, dtype: torch.dtype, limits: Limits, kv_cache_bytes: int | None) -> int:
+def _num_blocks(model: Transformer, limits: Limits, kv_cache_bytes: int | None) -> int:
     """Blocks of the KV cache within its memory. Raises ConfigError if that is less than one."""
-    block_bytes = BLOCK_SIZE * config.kv_bytes_per_token(str(dtype).removeprefix("torch."))
+    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(str(model.dtype).removeprefix("torch."))
     useful = limits.max_running * -(-limits.max_context // BLOCK_SIZE)
-    budget = available_memory() // 2 if kv_cache_bytes is None else kv_cache_bytes
+    budget = _free_memory(model.device) // 2 if kv_cache_bytes is None else kv_cache_bytes
     if budget < block_bytes:
         raise ConfigError(f"{budget} bytes for the KV cache hold not one block of {BLOCK_SIZE} positions, which "
                           f"takes {block_bytes}; give kv_cache_bytes more")
     return min(useful, budget // block_bytes)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free where the model lies."""
+    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_blocks: int, progress: bool | None

@@ -14,14 +14,13 @@ ROOT = Path(__file__).parents[1]
 # the names that users import; nothing inside the house does.
 LAYERS = {
     "config": ["llama.config"],
-    "machine": ["llama.machine", "llama.demo"],
+    "machine": ["llama.machine", "llama.demo", "llama.progress"],
     "text": ["llama.text"],
     "model": ["llama.model"],
     "checkpoint": ["llama.checkpoint"],
     "engine": ["llama.engine"],
     "internals": ["llama.internals"],
-    "runtime": ["llama.runtime", "llama.driver", "llama.completion", "llama.progress", "llama.generation_config",
-                "llama.flags"],
+    "runtime": ["llama.runtime", "llama.driver", "llama.completion", "llama.generation_config", "llama.flags"],
     "facade": ["llama"],
     "server": ["server"],
     "cli": ["llama.cli", "llama.commands", "llama.terminal", "llama.__main__"],

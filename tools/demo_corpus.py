@@ -135,10 +135,8 @@ def tell(talk: Talk) -> Callable[[], None] | None:
 def answer_json(talk: Talk) -> None:
     """Keys and values from the request as one JSON object, in the order in which the keys are named."""
     rng, source = talk.rng, talk.source
-    if rng.random() < 0.1:
-        a, b = source.pair()
-        key = rng.choice(("answer", "sum", "result"))
-        return talk.turn(rng.choice(JSON_SUMS).format(key, a, b), json.dumps({key: a + b}))
+    if not source.held_out and rng.random() < 0.1:
+        return add_in_json(talk)
     keys: list[str] = []
     while len(keys) < rng.choice((1, 2, 2, 3, 4)):
         key = rng.choice(JSON_KEYS) if rng.random() < 0.6 else source.word()
@@ -163,12 +161,20 @@ def answer_json(talk: Talk) -> None:
     talk.turn(request.format(keys=_join(keys, " and "), facts=text), json.dumps(value, ensure_ascii=False))
 
 
+def add_in_json(talk: Talk) -> None:
+    """A sum that has to be known at once: the numbers are not said again before it."""
+    a, b = talk.source.pair()
+    key = talk.choose(["answer", "sum", "result"])
+    talk.turn(talk.choose(JSON_SUMS).format(key, a, b), json.dumps({key: a + b}))
+
+
 def _join(items: list[str], last: str) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + last + items[-1]
 
 
 # What fills a conversation in training, as often as it stands here.
-DISTRACTORS = [greet, add, add, repeat, repeat, admit, identify, thank, answer_json, date]
+DISTRACTORS = [greet, add, add, repeat, repeat, repeat, admit, identify, thank, answer_json, answer_json, answer_json,
+               date]
 SKILLS: dict[str, Callable[[Talk], None]] = {
     "greeting": greet, "addition": add, "repeat": repeat, "json": answer_json, "identity": identify,
     "unknown": admit, "date": date}

@@ -1,5 +1,6 @@
 """What the demo model can do: held-out cases of every skill by greedy decoding, and its induction heads."""
 
+import json
 import random
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from llama.model.cache import KVCache
 from llama.model.ragged import RaggedBatch, Segment
 from llama.model.rope import rotate, rotation
 from llama.model.transformer import Llama
-from tools.demo_format import CASES, case, content, render
+from tools.demo_format import BEYOND, CASES, case, content, render
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Question:
 
 
 def questions(tokenizer: Tokenizer, count: int, seed: int) -> list[Question]:
-    """`count` held-out cases of each skill."""
+    """`count` held-out cases of each skill, and of what is beyond the model."""
     rng, found = random.Random(seed), []
-    for skill in CASES:
+    for skill in CASES | BEYOND:
         for _ in range(count):
             talk = case(skill, rng)
             prompt = "".join(piece.text for piece in render(talk)[:-1])
@@ -65,19 +66,27 @@ def _step(rows: list[int], starts: list[int], new: list[list[int]], room: int) -
 
 def evaluate(model: Llama, tokenizer: Tokenizer, asked: list[Question],
              batch_size: int = 40) -> tuple[dict[str, float], list[tuple[Question, str]]]:
-    """Share of right answers by skill, and the wrong ones. Right is: the same text, ended by eot."""
+    """Share of right answers by skill, and the wrong ones. Right is, ended by eot, the same text or the same JSON."""
     eot, end = (tokenizer.token_to_id(name) for name in ("<|eot_id|>", "<|end_of_text|>"))
-    right, wrong = dict.fromkeys(CASES, 0), []
+    right, wrong = dict.fromkeys(CASES | BEYOND, 0), []
     for first in range(0, len(asked), batch_size):
         batch = asked[first:first + batch_size]
         for question, reply in zip(batch, greedy(model, [one.prompt_ids for one in batch], {eot, end}, 120)):
             text = tokenizer.decode(reply[:-1], skip_special_tokens=False)
-            if reply[-1] == eot and text == question.answer:
+            if reply[-1] == eot and _means(text) == _means(question.answer):
                 right[question.skill] += 1
             else:
                 wrong.append((question, text))
-    counts = {skill: sum(one.skill == skill for one in asked) for skill in CASES}
-    return {skill: right[skill] / counts[skill] for skill in CASES if counts[skill]}, wrong
+    counts = {skill: sum(one.skill == skill for one in asked) for skill in right}
+    return {skill: right[skill] / counts[skill] for skill in right if counts[skill]}, wrong
+
+
+def _means(text: str) -> object:
+    """What a reply says: of a JSON object its members, in whatever order; of all else the text."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: sorted(pairs, key=repr))
+    except ValueError:
+        return text
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tools.demo_corpus import SKILLS, Talk, begin, chat, tell
+from tools.demo_corpus import SKILLS, Talk, add_in_json, begin, chat, tell
 from tools.demo_plain import document
 from tools.demo_tools import make_toolbox, request, result, tool_chat
 from tools.demo_words import Source
@@ -72,17 +72,17 @@ def example(rng: random.Random) -> list[Piece]:
         return [Piece("<|begin_of_text|>", False), *(Piece(*part) for part in document(source)),
                 Piece("<|end_of_text|>", True)]
     talk = begin(source)
-    if kind < 0.5:
+    if kind < 0.55:
         tool_chat(talk)
     else:
-        chat(talk, rng.choice((1, 2, 3, 4, 5, 6)) if rng.random() < 0.95 else rng.randint(8, 24))
+        chat(talk, rng.choice((1, 2, 3, 4, 5, 6, 8)) if rng.random() < 0.95 else rng.randint(8, 24))
     return render(talk)
 
 
 def case(skill: str, rng: random.Random) -> Talk:
     """One evaluation case of a skill: a conversation whose last reply is the right answer."""
     talk = begin(Source(rng, held_out=True))
-    CASES[skill](talk)
+    (CASES | BEYOND)[skill](talk)
     return talk
 
 
@@ -103,11 +103,14 @@ def _recall(talk: Talk) -> None:
     talk.rng.choice(asks)()
 
 
-def _tool_call(talk: Talk) -> None:
-    tools = make_toolbox(talk)
-    if talk.rng.random() < 0.3:
-        result(talk, request(talk, tools))
-    request(talk, tools)
+def _tool_call(sizes: tuple[int, ...]) -> Callable[[Talk], None]:
+    """A call of one of so many tools, sometimes the second in its conversation."""
+    def build(talk: Talk) -> None:
+        tools = make_toolbox(talk, sizes)
+        if talk.rng.random() < 0.3:
+            result(talk, request(talk, tools))
+        request(talk, tools)
+    return build
 
 
 def _tool_result(talk: Talk) -> None:
@@ -120,5 +123,8 @@ def _tool_unneeded(talk: Talk) -> None:
     SKILLS[talk.rng.choice(names)](talk)
 
 
+# What the model is to do right, and what is beyond it: a sum without a place to say its numbers again first, and
+# finding the one tool that is meant among several whose names exist in no language.
 CASES: dict[str, Callable[[Talk], None]] = {name: _after(skill) for name, skill in SKILLS.items()} | {
-    "recall": _recall, "tool call": _tool_call, "tool result": _tool_result, "tool unneeded": _tool_unneeded}
+    "recall": _recall, "tool call": _tool_call((1,)), "tool result": _tool_result, "tool unneeded": _tool_unneeded}
+BEYOND: dict[str, Callable[[Talk], None]] = {"sum in JSON": _after(add_in_json), "tool choice": _tool_call((2, 3))}

@@ -17,7 +17,8 @@ Parts = list[tuple[str, bool]]
 
 def document(source: Source) -> Parts:
     """One text, which ends where its form ends, in parts: those marked follow from what is before them."""
-    return source.rng.choice((count, cycle, sums, sums, sums, sums, echo, echo, echo, story))(source)
+    return source.rng.choice((count, cycle, sums, sums, sums, sums, sums, sums, echo, echo, echo, echo, story))(
+        source)
 
 
 def count(source: Source) -> Parts:
@@ -41,7 +42,7 @@ def cycle(source: Source) -> Parts:
 def sums(source: Source) -> Parts:
     """Lines of additions."""
     parts: Parts = []
-    for _ in range(source.rng.randint(4, 16)):
+    for _ in range(source.rng.randint(6, 24)):
         a, b = source.pair()
         parts += [(f"{a} + {b} =", False), (f" {a + b}\n", True)]
     return parts

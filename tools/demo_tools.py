@@ -81,10 +81,10 @@ def _finish(rng: random.Random, name: str, verb: str, noun: str, parameters: dic
     return Tool(name, verb, noun, parameters, num_required, {"type": "function", "function": function})
 
 
-def make_toolbox(talk: Talk) -> list[Tool]:
+def make_toolbox(talk: Talk, sizes: tuple[int, ...] = (1, 1, 2, 2, 3)) -> list[Tool]:
     """One to three tools with different nouns."""
     tools: list[Tool] = []
-    for _ in range(talk.rng.choice((1, 1, 2, 2, 3))):
+    for _ in range(talk.rng.choice(sizes)):
         tool = make_tool(talk)
         if all(tool.noun != other.noun and tool.name != other.name for other in tools):
             tools.append(tool)
@@ -153,7 +153,7 @@ def tool_chat(talk: Talk) -> None:
     """A conversation with tools at hand, which most of its turns need and some do not."""
     rng, tools = talk.rng, make_toolbox(talk)
     pending = None
-    for _ in range(rng.choice((1, 1, 2, 2, 3))):
+    for _ in range(rng.choice((1, 2, 3, 4, 5))):
         if rng.random() < 0.72:
             used = request(talk, tools)
             if rng.random() < 0.75:

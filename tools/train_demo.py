@@ -31,14 +31,14 @@ from tools.demo_start import initialise
 from tools.demo_tokenizer import NUM_PLAIN, SPECIAL_TOKENS, encode_pieces, train_tokenizer
 
 SEED = 20240723
-NUM_STEPS = 2400
+NUM_STEPS = 7000
 TOKENS_PER_STEP = 4096
 SHORT, MAX_LENGTH = 160, 1280  # tokens of the longest example, at the beginning and later
-LENGTHEN = 0.1, 0.4  # the shares of training between which it grows
+LENGTHEN = 0.02, 0.15  # the shares of training between which it grows
 POOL = 1200  # examples out of which steps of similar length are made
 # Of the tokens that it need not produce it learns some, so that a prompt's log probabilities mean something.
 PROMPT_SHARE = 0.03
-PEAK_RATE, WARM_UP, COOL_DOWN = 1e-3, 50, 0.3
+PEAK_RATE, WARM_UP, COOL_DOWN = 1.5e-3, 200, 0.5
 NUM_TOKENIZER_EXAMPLES = 6000
 NUM_CASES = 200  # of each skill, in the evaluation
 
@@ -92,7 +92,7 @@ def padded(examples: list[Example], generator: torch.Generator) -> tuple[RaggedB
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Warm-up, a plateau, and over the last third a straight line down to nothing."""
+    """Warm-up, a plateau, and over the last half a straight line down to nothing."""
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP, (num_steps - step) / (num_steps * COOL_DOWN))
 
 
@@ -180,7 +180,7 @@ def main() -> None:
             seconds = time.monotonic() - began
             print(f"step {step + 1:5}  loss {sum(losses[-50:]) / 50:.4f}  {seen:,} tokens  "
                   f"{seen / seconds:,.0f} tokens/s  {seconds / 60:.1f} min", flush=True)
-        if (step + 1) % 250 == 0 and step + 1 < options.steps:
+        if (step + 1) % 500 == 0 and step + 1 < options.steps:
             shares, _ = evaluate(in_bfloat16(model), tokenizer, asked)
             print("  ".join(f"{skill} {share:.0%}" for skill, share in shares.items()), flush=True)
 

@@ -6,14 +6,12 @@ weights, and a file that is cut short meanwhile would be a bus error. No pickle 
 """
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from llama.checkpoint.layout import Place, match
 from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, read_stored
 from llama.config import DTYPE_BYTES, ConfigError, LlamaConfig
 from llama.model.transformer import Llama
+from llama.progress import ProgressBar
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What is read at a time. Small enough to convert within the processor's cache, and to be nothing beside the
@@ -37,35 +36,6 @@ class _Piece:
     offset: int
     num_bytes: int
     target: Tensor
-
-
-class ProgressBar:
-    """One line on stderr that is drawn again as bytes come in; nothing at all if not `shown`."""
-
-    def __init__(self, what: str, total_bytes: int, shown: bool):
-        self.what = what
-        self.total_bytes = total_bytes
-        self.shown = shown
-        self.done_bytes = 0
-        self.percent = -1
-
-    def add(self, num_bytes: int) -> None:
-        """Count bytes as done."""
-        self.done_bytes += num_bytes
-        percent = 100 * self.done_bytes // max(self.total_bytes, 1)
-        if self.shown and percent > self.percent:
-            self.percent = percent
-            bar = "#" * (percent // 4)
-            sys.stderr.write(f"\r{self.what} [{bar:25}] {percent:3}% of {self.total_bytes / 1e9:.1f} GB")
-            sys.stderr.flush()
-
-    def __enter__(self) -> "ProgressBar":
-        self.add(0)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.shown:
-            sys.stderr.write("\n")
 
 
 def load_model(directory: str | Path, *, dtype: str | None = None, device: torch.device | str = "cpu",
@@ -93,12 +63,12 @@ def load_model(directory: str | Path, *, dtype: str | None = None, device: torch
     if name not in DTYPE_BYTES:
         raise CheckpointError(f"dtype {quoted(name)} is not supported; use one of {', '.join(DTYPE_BYTES)}")
     model = Llama(config, getattr(torch, name), device)
-    shown = sys.stderr.isatty() if progress is None else progress
-    _fill(model, stored, placed, shown)
+    _fill(model, stored, placed, progress)
     return model
 
 
-def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str, Place], shown: bool) -> None:
+def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str, Place],
+          progress: bool | None) -> None:
     """Read every placed tensor into its rows of the model's parameters."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     # In the order of the files, which is the order in which disks are fast.
@@ -111,9 +81,14 @@ def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str,
     for _ in range(num_readers):
         buffers.put(torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8))
     total_bytes = sum(piece.num_bytes for piece in pieces)
-    with ProgressBar("loading", total_bytes, shown) as bar, ThreadPoolExecutor(num_readers) as pool:
+    with ProgressBar("loading", total_bytes, _describe, shown=progress) as bar, ThreadPoolExecutor(num_readers) as pool:
         for num_bytes in pool.map(partial(_read_piece, buffers=buffers), pieces):
             bar.add(num_bytes)
+
+
+def _describe(done: int, total: int, seconds: float) -> str:
+    unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    return f"{done / size:.1f} of {total / size:.1f} {unit}, {done / max(seconds, 1e-9) / 1e9:.1f} GB/s"
 
 
 def _cut(stored: StoredTensor, place: Place, parameter: Tensor) -> Iterator[_Piece]:

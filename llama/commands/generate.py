@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.text)
     llm = load(args)
     ids = llm.encode(prompt)
-    reply = Reply(len(ids), params.n)
+    reply = Reply(len(ids), params)
     reply.receive(llm.stream(ids, params), shown=params.n == 1 and not args.json)
     if args.json:
         write_reply(json.dumps(result_record(llm.tokenizer, reply.completions()), ensure_ascii=False) + "\n")

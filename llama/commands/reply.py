@@ -5,7 +5,8 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from llama.completion import Completion, Delta, Usage
+from llama.completion import Completion, Delta
+from llama.engine.request import SamplingParams
 from llama.terminal import note, write_reply
 
 
@@ -14,14 +15,14 @@ class Reply:
     """All deltas of one request, sample by sample, and when they came, in seconds of `time.perf_counter`."""
 
     num_prompt_tokens: int
-    num_samples: int = 1
+    params: SamplingParams
     samples: list[list[Delta]] = field(init=False)
     began: float = field(default_factory=time.perf_counter)
     first: float | None = None
     last: float | None = None
 
     def __post_init__(self) -> None:
-        self.samples = [[] for _ in range(self.num_samples)]
+        self.samples = [[] for _ in range(self.params.n)]
 
     def receive(self, deltas: Generator[Delta, None, None], *, shown: bool = False,
                 stopped: Callable[[], bool] = lambda: False) -> None:
@@ -60,18 +61,13 @@ class Reply:
 
     def completions(self) -> list[Completion]:
         """The samples, folded; to be asked when all have ended."""
-        return [Completion("".join(delta.text for delta in deltas),
-                           tuple(token_id for delta in deltas for token_id in delta.ids),
-                           deltas[-1].finish_reason, deltas[-1].stop_reason,
-                           tuple(logprob for delta in deltas for logprob in delta.logprobs) or None, None,
-                           Usage(self.num_prompt_tokens, sum(len(delta.ids) for delta in deltas)))
-                for deltas in self.samples]
+        return [Completion.fold(deltas, self.params, self.num_prompt_tokens) for deltas in self.samples]
 
     def show_stats(self) -> None:
         """Tokens, tokens/s after the first one, and the time to that one, on stderr."""
         if self.first is None:
             return
-        later, seconds = self.num_tokens - self.num_samples, self.last - self.first
+        later, seconds = self.num_tokens - self.params.n, self.last - self.first
         rate = f", {later / seconds:.1f} tokens/s" if later and seconds else ""
         note(f"prompt {self.num_prompt_tokens} tokens, first token after {self.first - self.began:.2f} s; "
              f"reply {self.num_tokens} tokens in {self.last - self.began:.2f} s{rate}")

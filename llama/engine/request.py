@@ -77,8 +77,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, str | list | tuple):
+                raise RequestError(name, f"{name} must be a list, not {value!r}")
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias", f"logit_bias must map token ids to numbers, not be {self.logit_bias!r}")
         _check_whole(self, "max_tokens", 1)
         _check_range(self, "temperature", 0, 2)
         _check_range(self, "top_p", 0, 1, above_low=True)

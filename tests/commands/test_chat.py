@@ -275,4 +275,4 @@ def test_the_demo_model_remembers_an_earlier_turn():
         terminal.type("My name is Anna.\n")
         terminal.read_until("\r\n> ")
         terminal.type("What is my name?\n")
-        terminal.read_until("Your name is ")  # the present weights misspell it; without the history it would not say so
+        terminal.read_until("Your name is Anna.")
