@@ -69,7 +69,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         ids = self.llm.encode_chat([*system, *messages])
-        reply = Reply(len(ids), params)
+        reply = Reply(len(ids), self.params)
         try:
             reply.receive(self._stream(ids), shown=True, stopped=stopped)
         finally:
