@@ -30,7 +30,7 @@ class Limits:
     max_context: int
     max_running: int = 64
     step_tokens: int = 512
-    mixed_step_tokens: int = 128
+    mixed_step_tokens: int = 64
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
 
