@@ -14,7 +14,8 @@ class Call:
     model: the name to answer by. echo_texts: for each prompt what its choices begin with; () if with nothing.
     prompt_logprobs: alternatives to report beside each token of the prompts, None for no report; `params` may
     ask the engine for more of them. is_scoring: nothing is wanted but the prompt (max_tokens 0); as an engine
-    generates at least one token, params has max_tokens 1, and the token is dropped.
+    generates at least one token, params has max_tokens 1, and the token is dropped. tool_names: what a reply
+    may call; () if replies are text. parallel_tool_calls: whether it may call more than once.
     """
 
     kind: Literal["chat", "completion"]
@@ -27,6 +28,8 @@ class Call:
     echo_texts: tuple[str, ...] = ()
     prompt_logprobs: int | None = None
     is_scoring: bool = False
+    tool_names: tuple[str, ...] = ()
+    parallel_tool_calls: bool = True
 
     @property
     def num_choices(self) -> int:

@@ -10,19 +10,23 @@ from server.served import Served
 _ERRORS = {
     400: "something in the request must change: `param` says what",
     401: "the API key is missing or wrong",
+    403: "a Host or an Origin from which the server may not be used",
     404: "no such path, or no such model",
     408: "the request came too slowly",
     411: "a body needs Content-Length, or chunked Transfer-Encoding",
     413: "the body is larger than the server takes",
     415: "the body must be application/json",
+    417: "an expectation other than 100-continue",
     429: "the queue is full",
     431: "the headers are larger than the server takes",
     500: "a defect of the server",
     501: "a framing of the body that the server does not take",
     503: "the model is loading, the server is stopping, the engine was lost, or connections are too many",
+    505: "an HTTP version other than 1.0 and 1.1",
 }
 _MAY_RETRY = (429, 503)
-_OF_GET = (401, 431, 500, 503)
+_OF_BODIES = (411, 415, 429)
+_OF_GET = tuple(status for status in _ERRORS if status not in (404, *_OF_BODIES))
 
 
 def openapi(served: Served, root_path: str = "") -> dict[str, Any]:
@@ -65,8 +69,8 @@ def _paths(served: Served) -> dict[str, Any]:
                                 errors=(404, *_OF_GET)),
         "/tokenize": _post("tokenize", "Text or a conversation to token ids", "TokenizeRequest", "Tokenized"),
         "/detokenize": _post("detokenize", "Token ids to text", "DetokenizeRequest", "Detokenized"),
-        "/health": _get("health", "Whether the server lives: the engine answers", _object(), is_open=True),
-        "/ready": _get("ready", "Whether requests are taken", _object(), is_open=True),
+        "/health": _probe("health", "Whether the server lives: the engine answers"),
+        "/ready": _probe("ready", "Whether requests are taken"),
         "/version": _get("version", "The server's version", _object(), is_open=True),
         "/metrics": _get("metrics", "Counters and histograms for Prometheus", {"text/plain": _string()}),
         "/openapi.json": _get("openapi", "This document", _object()),
@@ -89,6 +93,13 @@ def _get(name: str, summary: str, content: dict[str, Any], *, parameters: Sequen
          errors: Sequence[int] = _OF_GET, is_open: bool = False) -> dict[str, Any]:
     operation = _operation(name, summary, "done", content, errors, parameters)
     return {"get": operation | {"security": []} if is_open else operation}
+
+
+def _probe(name: str, summary: str) -> dict[str, Any]:
+    """What says the same in either case, and by its status which it is."""
+    probe = _get(name, summary, _object(), is_open=True)
+    probe["get"]["responses"]["503"] = {"description": "it is not so", "content": _object()}
+    return probe
 
 
 def _operation(name: str, summary: str, description: str, content: dict[str, Any], errors: Sequence[int],

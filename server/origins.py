@@ -51,10 +51,10 @@ def is_local(host: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """The Host field without its port and an IPv6 address's brackets."""
+    """The Host field, which is a good one, without its port and an IPv6 address's brackets."""
     if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
 
 
 def _is_same(origin: str, host: str) -> bool:

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama.engine.request import RequestError, SamplingParams
+from llama.text.chat import ChatTemplate
 from llama.text.messages import ChatError, normalize_messages
 from llama.text.tokenizer import TokenizerError
+from llama.text.tools import BUILTIN_TOOLS
 from server.body import read_json
 from server.call import Call
 from server.errors import ApiError, refusal
@@ -40,7 +42,9 @@ def parse_chat(body: bytes, served: Served) -> Call:
     params = _params(values, max_tokens=values[limit], prompt_logprobs=values["prompt_logprobs"],
                      logprobs=values["top_logprobs"] if values["logprobs"] else None)
     call = Call("chat", values["model"], (tuple(ids),), params, **_delivery(values),
-                echo_texts=(echo_text,) if values["echo"] else (), prompt_logprobs=values["prompt_logprobs"])
+                echo_texts=(echo_text,) if values["echo"] else (), prompt_logprobs=values["prompt_logprobs"],
+                tool_names=tuple(tool["function"]["name"] for tool in _tools(values)),
+                parallel_tool_calls=values["parallel_tool_calls"] is not False)
     _check_size(call, served, ["messages"], limit)
     return call
 
@@ -162,9 +166,9 @@ def _encode_chat(values: Mapping[str, Any], served: Served) -> tuple[list[int], 
                        "unsupported_value")
     messages, continues = values["messages"], values["continue_final_message"]
     opens = values["add_generation_prompt"]
-    tools = None if values["tool_choice"] == "none" else values["tools"]
+    builtin, tools = _split_tools(_tools(values), served.template)
     options = {"add_generation_prompt": not continues if opens is None else opens,
-               "continue_final_message": continues}
+               "continue_final_message": continues, "builtin_tools": builtin}
     try:
         ids = served.template.encode(served.tokenizer, messages, tools, **options)
         if not values["echo"]:
@@ -174,6 +178,21 @@ def _encode_chat(values: Mapping[str, Any], served: Served) -> tuple[list[int], 
         return ids, text if is_whole else text.strip()  # where templates trim, they do so at both ends
     except (ChatError, TokenizerError) as error:
         raise refusal(error, "messages") from None
+
+
+def _tools(values: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The tools that the model is told of."""
+    return () if values["tool_choice"] == "none" else values["tools"] or ()
+
+
+def _split_tools(tools: Sequence[Mapping[str, Any]], template: ChatTemplate
+                 ) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """The names of built-in tools, and the others. A built-in one is asked for by its name alone, without
+    description and parameters, of a template that has built-in tools."""
+    builtin = [tool["function"]["name"] for tool in tools
+               if list(tool["function"]) == ["name"] and tool["function"]["name"] in BUILTIN_TOOLS
+               and "builtin_tools" in template.source]
+    return builtin, [tool for tool in tools if tool["function"]["name"] not in builtin]
 
 
 def _encode_prompts(prompt: str | Sequence[Any], served: Served

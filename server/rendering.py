@@ -12,6 +12,7 @@ from llama.text.tokenizer import valid_text
 from server.call import Call
 from server.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs
 from server.served import Served
+from server.tool_replies import ToolReply
 
 Chunk = dict[str, Any]
 
@@ -39,13 +40,14 @@ class Rendering:
         self._tokenizer = served.tokenizer
         self._num_generated = 0
         self._offsets: dict[int, TextOffsets] = {}  # of the choices that have begun
+        self._tool_replies: dict[int, ToolReply] = {}  # of these, where there are tools
 
     def opening(self) -> list[Chunk]:
         """What can be sent before anything is computed: in a chat, the role, once for each choice."""
         if self._call.kind == "completion":
             return []
-        return [self._chunk([{"index": index, "delta": {"role": "assistant"}, "logprobs": None,
-                              "finish_reason": None}]) for index in range(self._call.num_choices)]
+        return [self._chunk([self._choice(index, {"delta": {"role": "assistant"}})])
+                for index in range(self._call.num_choices)]
 
     def delta(self, prompt_index: int, delta: Delta, prompt_scores: Sequence[TokenLogprob] = ()
               ) -> list[Chunk]:
@@ -57,16 +59,19 @@ class Rendering:
         call, index = self._call, prompt_index * self._call.params.n + delta.index
         chunks = [] if index in self._offsets else self._begin(index, prompt_index, prompt_scores)
         if call.is_scoring:  # the one token was drawn because an engine cannot draw none
-            return [*chunks, self._chunk([self._choice(index, "", finish_reason="length", stop_reason=None)])]
+            choice = self._choice(index, self._text("")) | {"finish_reason": "length", "stop_reason": None}
+            return [*chunks, self._chunk([choice])]
         self._num_generated += len(delta.ids)
         logprobs = None if call.params.logprobs is None else self._logprobs(index, delta.logprobs)
-        if delta.finish_reason is not None:
-            choice = self._choice(index, delta.text, logprobs, finish_reason=delta.finish_reason,
-                                  stop_reason=delta.stop_reason)
-            return [*chunks, self._chunk([choice])]
-        if delta.text or logprobs is not None:
-            chunks.append(self._chunk([self._choice(index, delta.text, logprobs)]))
-        return chunks
+        parts, finish_reason = self._parts(index, delta)
+        if not parts and logprobs is not None:
+            parts = [self._text("")]
+        choices = [self._choice(index, part) for part in parts]
+        if choices:
+            choices[0]["logprobs"] = logprobs
+        if finish_reason is not None:
+            choices[-1] |= {"finish_reason": finish_reason, "stop_reason": delta.stop_reason}
+        return chunks + [self._chunk([choice]) for choice in choices]
 
     def closing(self) -> list[Chunk]:
         """What follows all deltas: the usage, unless it is a stream that did not ask for it."""
@@ -98,16 +103,28 @@ class Rendering:
             chunk["usage"] = self.usage() if call.continuous_usage else None
         return chunk
 
-    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None = None,
-                finish_reason: str | None = None, **ending: Any) -> dict[str, Any]:
-        content = {"delta": {"content": text}} if self._call.kind == "chat" else {"text": text}
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason, **ending}
+    def _text(self, text: str) -> dict[str, Any]:
+        """Text, as it stands in a choice."""
+        return {"delta": {"content": text}} if self._call.kind == "chat" else {"text": text}
+
+    def _parts(self, index: int, delta: Delta) -> tuple[list[dict[str, Any]], str | None]:
+        """What a delta says, a part for each chunk; and why the choice ends here, if it does."""
+        if self._call.tool_names:
+            reply = self._tool_replies[index]
+            return [{"delta": part} for part in reply.read(delta)], reply.finish_reason(delta.finish_reason)
+        is_silent = not delta.text and delta.finish_reason is None
+        return [] if is_silent else [self._text(delta.text)], delta.finish_reason
+
+    def _choice(self, index: int, part: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, **part, "logprobs": None, "finish_reason": None}
 
     def _begin(self, index: int, prompt_index: int, prompt_scores: Sequence[TokenLogprob]) -> list[Chunk]:
         """What precedes a choice's own text: the text that it repeats, and the prompt's log probabilities."""
         call, tokenizer = self._call, self._tokenizer
         is_first = not self._offsets
         offsets = self._offsets[index] = TextOffsets(tokenizer, call.params.skip_special_tokens)
+        if call.tool_names:
+            self._tool_replies[index] = ToolReply(call, tokenizer, f"call_{self.id[-32:]}_{index}")
         logprobs = scores = None
         if call.echoes_logprobs:
             places = [offsets.push(each.token_id) for each in prompt_scores]
@@ -117,7 +134,8 @@ class Rendering:
             scores = prompt_logprobs(tokenizer, prompt_scores, call.prompt_logprobs)
         if not call.echo_texts and scores is None:
             return []
-        choice = self._choice(index, call.echo_texts[prompt_index] if call.echo_texts else "", logprobs)
+        text = self._text(call.echo_texts[prompt_index] if call.echo_texts else "")
+        choice = self._choice(index, text) | {"logprobs": logprobs}
         chunk = self._chunk([choice])
         if scores is not None:
             (chunk if call.kind == "chat" else choice)["prompt_logprobs"] = scores
@@ -153,6 +171,7 @@ class _Folded:
     def __init__(self) -> None:
         self._is_chat = False
         self._texts: list[str] = []
+        self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: dict[str, list[Any]] = {}
         self._ending: dict[str, Any] = {}
         self._extra: dict[str, Any] = {}
@@ -161,6 +180,8 @@ class _Folded:
         """The next part of the choice."""
         self._is_chat = "delta" in part
         self._texts.append(part["delta"].get("content", "") if self._is_chat else part["text"])
+        for call in part["delta"].get("tool_calls", ()) if self._is_chat else ():
+            self._add_call(call)
         for name, values in (part["logprobs"] or {}).items():
             self._logprobs.setdefault(name, []).extend(values)
         if part["finish_reason"] is not None:
@@ -171,6 +192,18 @@ class _Folded:
     def choice(self, index: int) -> dict[str, Any]:
         """All of it, as it stands in a reply."""
         text = "".join(self._texts)
-        content = {"message": {"role": "assistant", "content": text, "tool_calls": []}} if self._is_chat \
-            else {"text": text}
+        content = {"text": text}
+        if self._is_chat:
+            calls = [self._calls[index] for index in sorted(self._calls)]
+            content = {"message": {"role": "assistant", "content": text or (None if calls else ""),
+                                   "tool_calls": calls}}
         return {"index": index, **content, "logprobs": self._logprobs or None, **self._ending, **self._extra}
+
+    def _add_call(self, part: dict[str, Any]) -> None:
+        """The next part of a call: its beginning has id and name."""
+        call = self._calls.get(part["index"])
+        if call is None:
+            call = {"id": part["id"], "type": part["type"], "function": {"name": part["function"]["name"],
+                                                                         "arguments": ""}}
+            self._calls[part["index"]] = call
+        call["function"]["arguments"] += part["function"]["arguments"]

@@ -87,7 +87,7 @@ class Routes:
 
     def handle(self, exchange: Exchange) -> None:
         """Answer, whatever happens, and write it down. Raises ClientGoneError."""
-        entry = Entry(exchange.head.method, "unknown", exchange.peer)
+        entry = Entry(exchange.head.method[:32], "unknown", exchange.peer)
         try:
             self._answer(exchange, entry)
         except ApiError as error:
@@ -201,10 +201,11 @@ class Routes:
         _send_json(exchange, self._served().model(name))
 
     def _health(self, exchange: Exchange) -> None:
-        """Live while the engine is, or is being loaded."""
+        """Live while the engine is, or is being loaded; before there is one, the checkpoint may be on its way."""
         snapshot = self._supervisor.snapshot()
-        is_live = (snapshot["state"] in ("loading", "ready", "draining")
-                   and snapshot["heartbeat_age"] <= self._supervisor.spec.silent_seconds)
+        is_silent = snapshot["num_engines"] > 0 and (snapshot["heartbeat_age"]
+                                                     > self._supervisor.spec.silent_seconds)
+        is_live = snapshot["state"] in ("loading", "ready", "draining") and not is_silent
         engine = {name: snapshot[name] for name in ("heartbeat_age", "num_engines", "running", "waiting")}
         _send_json(exchange, {"status": snapshot["state"], "detail": snapshot["state_detail"], "engine": engine},
                    200 if is_live else 503)

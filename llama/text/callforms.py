@@ -7,8 +7,8 @@
     Python code                         after <|python_tag|> only, where code_interpreter is among the tools
 
 In the first, the keys stand in any order; `type` may be missing, `function` may stand for `name` or enclose
-the other two, and `arguments` may stand for `parameters`. `</function>` may be missing where the model ends its
-reply. Code goes on to that end. NAME is one of the tools that were given.
+the other two, and `arguments` may stand for `parameters`. `</function>` may be missing where the model
+ends its reply. Code goes on to that end. NAME is one of the tools that were given.
 """
 
 import json

@@ -27,7 +27,7 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a
 
 
 def is_json_object(text: str) -> bool:
-    """Whether a text is an object in strict JSON: no key twice, no NaN or Infinity, no number past a float."""
+    """Whether a text is an object in strict JSON: no key twice, no NaN, no number too large for a float."""
     try:
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite)
     except ValueError:

@@ -3,9 +3,9 @@
 A call, in one of the forms of llama.text.callforms, may begin where the reply begins, where a line begins, at
 <|python_tag|>, and after another call. White space around it, and a semicolon between two, belong to it.
 
-What only resembles a call is text: also the call of a tool that was not given, one that turns out malformed, and
-one that the reply's end cuts. A call is therefore told when it is whole: what has been sent cannot be called back.
-Text is held back only while it may be the beginning of a call: `{"answer` and `[1` cannot.
+What only resembles a call is text: also the call of a tool that was not given, one that turns out malformed,
+and one that the reply's end cuts. A call is therefore told when it is whole, for what has been sent cannot be
+called back. Text is held back only while it may be the beginning of a call: `{"answer` and `[1` cannot.
 """
 
 import codecs
@@ -32,8 +32,8 @@ _SPACES = re.compile(r"\s*")
 class ToolCallStream:
     """Finds the calls of tools in one reply.
 
-    What `push` and `finish` give, in order, is the reply: its text, and the calls where they stood. It does not
-    depend on how the reply comes in pieces. Time is linear in the reply.
+    What `push` and `finish` give, in order, is the reply: its text, and the calls where they stood. It is the
+    same however the reply comes in pieces. Time is linear in the reply.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: Collection[str], *, skip_special_tokens: bool = True):
@@ -52,8 +52,10 @@ class ToolCallStream:
         next(self._reading)
 
     def push(self, text: str, ids: Iterable[int] = ()) -> list[str | ToolCall]:
-        """Takes the next ids, and the text that became certain with them, as TextStream has it. Returns what is
-        certain now: text, never empty, and calls."""
+        """Takes the next ids, and the text that became certain with them, as TextStream has it.
+
+        Returns what is certain now: text, never empty, and calls.
+        """
         for token_id in ids:
             if not (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
                 self._num_decoded += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))

@@ -40,7 +40,7 @@ class Hangups:
 
     def _is_gone(self, key: selectors.SelectorKey) -> bool:
         """Whether this very watch is still on, and its client has closed. Ends the watch if there is news."""
-        if self._selector.get_map().get(key.fileobj) is not key:
+        if self._selector.get_map().get(key.fd) is not key:  # by number: the socket may be closed
             return False  # it ended meanwhile; its number may already be another connection's
         try:
             is_gone = not key.fileobj.recv(1, socket.MSG_PEEK)

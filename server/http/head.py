@@ -15,9 +15,10 @@ MAX_LENGTH_DIGITS = 15
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
-_FIELD = re.compile(rb"(%s):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)[ \t]*" % _TOKEN)
+_FIELD = re.compile(rb"(%s):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 # A line end that is not CRLF. The last CR may be half of one.
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
 # Fields of which a second one would make the request mean two things.
 _SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "expect")
@@ -59,10 +60,10 @@ class Head:
         return self.is_11 and self.has_body and "expect" in self.fields
 
 
-def refuse_bare_line_ends(received: bytes) -> None:
-    """Raises ApiError(400) as soon as a head that is still arriving can be no good one."""
-    if _BARE_LINE_END.search(received):
-        raise _malformed("lines of a request's head must end with CR LF")
+def refuse_bare_line_ends(received: bytes | bytearray, start: int, end: int) -> None:
+    """Look at what has arrived between two places; more may follow. Raises ApiError(400)."""
+    if _BARE_LINE_END.search(received, start, end):
+        raise _malformed("lines must end with CR LF")
 
 
 def parse_head(text: bytes) -> Head:
@@ -80,14 +81,23 @@ def parse_head(text: bytes) -> Head:
     is_11 = match[4] != b"0"
     fields = _fields(lines)
     target, authority = _origin_form(target)
+    hosts = [host for host in (fields.get("host"), authority) if host is not None]
+    if is_11 and "host" not in fields or not all(map(_HOST.fullmatch, hosts)):
+        raise _malformed("a request must have a Host field, and it must be `name` or `name:port`")
     if authority is not None:
         fields["host"] = authority  # RFC 9112, 3.2.2: the target's outranks the field
-    if is_11 and not fields.get("host"):
-        raise _malformed("a request must have a Host field that is not empty")
     if fields.get("expect", "100-continue").lower() != "100-continue":
         raise ApiError(417, "the only expectation that is met is 100-continue", code="expectation")
     path, _, query = target.partition("?")
     return Head(method, unquote(path), query, is_11, fields, _body_length(fields, is_11))
+
+
+def parse_field(line: bytes) -> tuple[str, str]:
+    """A header field's name in lower case, and its value. Raises ApiError(400)."""
+    match = _FIELD.fullmatch(line)
+    if match is None:
+        raise _malformed("a header field must be `Name: value`, on one line and without control characters")
+    return match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
 
 
 def _fields(lines: list[bytes]) -> dict[str, str]:
@@ -95,10 +105,7 @@ def _fields(lines: list[bytes]) -> dict[str, str]:
         raise ApiError(431, f"a request may have at most {MAX_FIELDS} header fields", code="headers_too_large")
     fields: dict[str, str] = {}
     for line in lines:
-        match = _FIELD.fullmatch(line)
-        if match is None:
-            raise _malformed("a header field must be `Name: value`, on one line and without control characters")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = parse_field(line)
         if name in fields and name in _SINGLE:
             raise _malformed(f"the header field {name} must stand only once")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value

@@ -109,12 +109,14 @@ class Listener:
     def _turn_away(self, transport: Transport, peer: str) -> None:
         exchange = Exchange(transport, _NO_HEAD, peer)
         exchange.close_after = True
-        with contextlib.suppress(ClientGoneError):
-            self._refuse(exchange, ApiError(503, f"{self._limits.connections} connections are open, which is all "
-                                            "that there may be; try again later", code="too_many_connections",
-                                            retry_after=1))
-        transport.close()
-        self._leave(transport, was_over=True)
+        try:
+            with contextlib.suppress(ClientGoneError):
+                self._refuse(exchange, ApiError(503, f"{self._limits.connections} connections are open, which is "
+                                                "all that there may be; try again later",
+                                                code="too_many_connections", retry_after=1))
+        finally:
+            transport.close()
+            self._leave(transport, was_over=True)
 
     def _serve(self, transport: Transport, peer: str) -> None:
         self._on_connections(1)
@@ -146,7 +148,8 @@ class Listener:
             return False
         exchange = Exchange(transport, head, peer)
         exchange.close_after = exchange.close_after or self._is_stopping
-        self._connections[transport] = False
+        with self._changed:
+            self._connections[transport] = False
         self._handle(exchange)
         with self._changed:
             self._connections[transport] = True

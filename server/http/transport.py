@@ -7,12 +7,12 @@ import time
 
 from server.errors import ApiError
 from server.http import HttpLimits
-from server.http.head import refuse_bare_line_ends
+from server.http.head import parse_field, refuse_bare_line_ends
 
 _READ_SIZE = 64 * 1024
 _MAX_CHUNK_LINE = 256  # size and extensions of a chunk
 _MAX_TRAILER = 8 * 1024
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 
 
 class ClientGoneError(Exception):
@@ -30,6 +30,7 @@ class Transport:
         self.limits = limits
         self._received = bytearray()
         self._pending = bytearray()
+        self._taken_at = time.monotonic()  # when the client last took something that had been waiting
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(client, select.POLLIN)
         self._writable.register(client, select.POLLOUT)
@@ -45,16 +46,19 @@ class Transport:
         if not self._received and not self._receive(time.monotonic() + limits.idle_seconds):
             return None
         deadline = time.monotonic() + limits.head_seconds
+        looked = 0  # so far no line end was wrong
         while True:
             while self._received.startswith(b"\r\n"):  # RFC 9112, 2.2: line ends before a request are let pass
                 del self._received[:2]
-            end = self._received.find(b"\r\n\r\n")
-            refuse_bare_line_ends(self._received[:None if end < 0 else end])
-            if (len(self._received) if end < 0 else end) > limits.head:
+            end = self._received.find(b"\r\n\r\n", max(looked - 3, 0))
+            size = len(self._received) if end < 0 else end
+            refuse_bare_line_ends(self._received, max(looked - 1, 0), size)
+            if size > limits.head:
                 raise ApiError(431, f"the request's head is larger than {limits.head} bytes",
                                code="headers_too_large")
             if end >= 0:
                 return self._take(end + 4)[:-4]
+            looked = size
             if not self._receive(deadline):
                 if time.monotonic() < deadline or not self._received:
                     raise ClientGoneError
@@ -83,7 +87,8 @@ class Transport:
                 raise ApiError(400, "a chunk of the body is longer than its size says", code="malformed_http")
             body += chunk[:-2]
         left = _MAX_TRAILER
-        while line := self._read_line(left, deadline):  # fields after the body mean nothing here
+        while line := self._read_line(left, deadline):
+            parse_field(line)  # fields after the body mean nothing here, but must be some
             left -= len(line)
         return bytes(body)
 
@@ -102,7 +107,7 @@ class Transport:
 
     def _read_line(self, limit: int, deadline: float) -> bytes:
         while (end := self._received.find(b"\r\n")) < 0:
-            refuse_bare_line_ends(self._received)
+            refuse_bare_line_ends(self._received, 0, len(self._received))
             if len(self._received) > limit:
                 raise ApiError(400, "a line within the body is too long", code="malformed_http")
             self._receive_body(deadline)
@@ -144,12 +149,19 @@ class Transport:
     def write(self, data: bytes) -> None:
         """Send without waiting; what the client does not take yet is kept for `write` and `flush` to send.
 
-        Raises ClientGoneError if the client has gone, or leaves more than limits.pending untaken.
+        What alone is more than limits.pending is waited for as by `flush`. Raises ClientGoneError if the client
+        has gone, leaves more than limits.pending, or for stall_seconds everything, untaken.
         """
+        if not self._pending:
+            self._taken_at = time.monotonic()
         self._pending += data
         self._send()
-        if len(self._pending) > self.limits.pending:
+        if len(data) > self.limits.pending:
+            self.flush()
+        elif len(self._pending) > self.limits.pending:
             raise ClientGoneError("it reads too slowly")
+        elif self._pending and time.monotonic() - self._taken_at > self.limits.stall_seconds:
+            raise ClientGoneError("it has stopped reading")
 
     def flush(self) -> None:
         """Wait until the system has taken everything. Raises ClientGoneError after stall_seconds of nothing."""
@@ -168,6 +180,7 @@ class Transport:
         try:
             while self._pending:
                 del self._pending[:self.socket.send(self._pending)]
+                self._taken_at = time.monotonic()
         except BlockingIOError:
             pass
         except OSError as error:
