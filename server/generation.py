@@ -131,9 +131,11 @@ class _Run:
         """
         yield self.rendering.opening()
         while events := self._events(heartbeat_seconds, stream):
-            chunks = self._read(events)
+            chunks, failure = self._read(events)
             if chunks:
                 yield chunks
+            if failure is not None:
+                raise failure
         if not all(reader.is_done for reader in self._readers.values()):
             raise ClientGoneError
         yield self.rendering.closing()
@@ -152,24 +154,25 @@ class _Run:
                 stream.beat()
                 waited = 0.0
 
-    def _read(self, events: list[Event]) -> list[Chunk]:
+    def _read(self, events: list[Event]) -> tuple[list[Chunk], _FailedError | None]:
+        """The chunks of events, and what has put an end to them."""
         chunks: list[Chunk] = []
         num_tokens = sum(isinstance(event, TokenEvent) and event.token_id is not None for event in events)
         if self._ticket.began is not None:
             self._watch.progress(num_tokens, self._ticket.began)
         for event in events:
             if isinstance(event, Lost):
-                raise _FailedError("lost", ApiError(503, event.message, code="engine_lost",
-                                                    retry_after=LOAD_SECONDS))
-            chunks += self._read_one(event)
-        return chunks
+                answer = ApiError(503, event.message, code="engine_lost", retry_after=LOAD_SECONDS)
+                return chunks, _FailedError("lost", answer)
+            try:
+                chunks += self._read_one(event)
+            except GenerationError as error:
+                return chunks, _FailedError("error", ApiError(500, str(error), code="generation_failed"))
+        return chunks, None
 
     def _read_one(self, event: TokenEvent | PromptEvent) -> list[Chunk]:
         reader = self._readers[event.request_id]
-        try:
-            delta = reader.read(event)
-        except GenerationError as error:
-            raise _FailedError("error", ApiError(500, str(error), code="generation_failed")) from None
+        delta = reader.read(event)
         if delta is None:
             return []
         if delta.finish_reason is not None:

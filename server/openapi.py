@@ -83,7 +83,7 @@ def _post(name: str, summary: str, request: str, reply: str, chunk: str | None =
     content = _json(reply)
     description = "done"
     if chunk is not None:
-        content["text/event-stream"] = _string()
+        content["text/event-stream"] = {}  # OpenAPI 3.1 has no words for events
         description = f"the whole answer; with `stream`, server-sent events: each a {chunk}, the last [DONE]"
     operation = _operation(name, summary, description, content, tuple(_ERRORS), parameters)
     return {"post": operation | {"requestBody": {"required": True, "content": _json(request)}}}

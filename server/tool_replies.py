@@ -9,7 +9,7 @@ from server.call import Call
 
 
 class ToolReply:
-    """Makes the deltas of a reply OpenAI's: {"content"} for text, two of {"tool_calls"} for each call, of which
+    """Makes the deltas of a reply OpenAI's: {"content"} for text, two of {"tool_calls"} for a call, of which
     the first has index, id and name, the second the arguments.
 
     Without parallel_tool_calls, calls after the first are left out.

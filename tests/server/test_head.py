@@ -141,7 +141,7 @@ def test_what_decides_must_stand_once(name):
     value = {"Host": "localhost", "Content-Length": "1", "Expect": "100-continue"}.get(name, "chunked")
     twice = head(f"{name}: {value}", "X: y", f"{name.upper()}: {value}", host=name != "Host")
     error = refused(twice)
-    assert (error.status, error.message.endswith(f"the header field {name.lower()} must stand only once")) == (400, True)
+    assert error.status == 400 and f"the header field {name.lower()} must stand only once" in error.message
 
 
 BAD_FRAMINGS = [

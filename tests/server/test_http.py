@@ -204,9 +204,9 @@ def test_leave_to_send_comes_after_the_limits_and_the_route():
             tell(exchange)
 
     with listening(choose, body=10) as site:
-        for fields, body in ((["Content-Length: 3"], b"abc"), (["Transfer-Encoding: chunked"], b"3\r\nabc\r\n0\r\n\r\n")):
+        for field, body in (("Content-Length: 3", b"abc"), ("Transfer-Encoding: chunked", b"3\r\nabc\r\n0\r\n\r\n")):
             with site.open() as client:
-                assert client.ask(get("/", "Expect: 100-continue", *fields, method="POST")).status == 100
+                assert client.ask(get("/", "Expect: 100-continue", field, method="POST")).status == 100
                 assert seen(client.ask(body)) == ("/", "abc")
                 assert seen(client.ask(get("/next"))) == ("/next", "")
         for path, length, status in (("/", 11, 413), ("/no", 3, 401), ("/no", 11, 401)):

@@ -23,7 +23,8 @@ def ask(origins, host="localhost:8000", origin=None, method="GET"):
 @pytest.mark.parametrize(("host", "local"), [
     ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("LocalHost", True),
     ("0.0.0.0", False), ("::", False), ("", False), ("192.168.0.1", False), ("10.0.0.1", False), ("localhost.x", False),
-    ("127.0.0.1.nip.io", False), ("2130706433", False), ("0x7f000001", False), ("127.1", False), ("example.com", False)])
+    ("127.0.0.1.nip.io", False), ("2130706433", False), ("0x7f000001", False), ("127.1", False),
+    ("example.com", False)])
 def test_what_is_local(host, local):
     assert is_local(host) is local
 
@@ -57,7 +58,8 @@ def test_a_public_address_is_called_as_people_like():
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
 @pytest.mark.parametrize(("origin", "host"), [
     ("http://localhost:8000", "localhost:8000"), ("https://localhost:8000", "localhost:8000"),
-    ("http://127.0.0.1", "127.0.0.1"), ("HTTP://LocalHost:8000", "localhost:8000"), ("http://[::1]:8000", "[::1]:8000")])
+    ("http://127.0.0.1", "127.0.0.1"), ("HTTP://LocalHost:8000", "localhost:8000"),
+    ("http://[::1]:8000", "[::1]:8000")])
 def test_the_server_s_own_page_may_ask(bound, origin, host):
     assert ask(Origins(bound), host, origin) == {}  # and needs no leave to read
 

@@ -44,7 +44,8 @@ def test_what_can_be_got(served, path):
         assert answer.fields["content-type"] == kinds.get(path, "application/json")
         head = client.send(get(path, method="HEAD")).answer(to_head=True)
         assert head.status == 200
-        assert head.fields.keys() == answer.fields.keys() and head.fields["content-type"] == answer.fields["content-type"]
+        assert head.fields.keys() == answer.fields.keys()
+        assert head.fields["content-type"] == answer.fields["content-type"]
         for method in ("POST", "PUT", "PATCH", "DELETE", "TRACE", "get", "X" * 1000):
             refused = client.ask(get(path, "Content-Length: 2", method=method) + b"{}")
             assert (refused.status, refused.code) == (405, "method_not_allowed")
@@ -104,7 +105,8 @@ def test_a_root_path_is_the_beginning_of_everything(small):
         assert served.ask(get("/gate/way/openapi.json")).json["servers"] == [{"url": "/gate/way"}]
         for path in ("/health", "/", "/gate", "/gate/wayhealth", "/gate/ways/health"):
             refused = served.ask(get(path))
-            assert (refused.status, refused.code) == (404, "not_found") and "/gate/way" in refused.json["error"]["message"]
+            assert (refused.status, refused.code) == (404, "not_found")
+            assert "/gate/way" in refused.json["error"]["message"]
 
 
 # ---- keys ------------------------------------------------------------------------------------------------

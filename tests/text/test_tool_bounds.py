@@ -11,6 +11,7 @@ from tests.text.replies import TAG, whole
 
 F = ToolCall("f", '{"a":1}')
 CALL = '{"name":"f","parameters":{"a":1}}'
+CODE = ("f", "code_interpreter")
 
 
 def test_depth_is_bounded(small):
