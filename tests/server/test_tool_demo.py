@@ -22,8 +22,8 @@ def llm() -> Llama:
 
 def answered(llm: Llama, *messages: dict, **fields: Any) -> tuple[list[dict], dict]:
     """The chunks of a greedy answer, and its one choice folded from them."""
-    served = Served(("demo",), "demo", llm.tokenizer, llm.template, llm.config, llm.defaults, llm.eos_token_ids,
-                    llm.config.max_position_embeddings, 0)
+    served = Served(("demo",), "demo", llm.tokenizer, llm.template, llm.config, llm.defaults,
+                    llm.config.eos_token_ids, llm.config.max_position_embeddings, 0)
     call = parse_chat(chat_body(messages=messages, tools=[WEATHER], temperature=0, **fields), served)
     rendering = Rendering(call, served)
     chunks = rendering.opening()
