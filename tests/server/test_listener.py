@@ -185,7 +185,7 @@ def test_the_end_lets_answers_finish_and_closes_what_is_idle():
         assert idle.ask(get("/")).status == 200
         busy.send(get("/hold"))
         assert begun.acquire(timeout=PATIENCE)
-        stopping = threading.Thread(target=site.listener.stop, args=(PATIENCE,))
+        stopping = threading.Thread(target=site.listener.stop, args=(600,))
         stopping.start()
         assert idle.rest() == b""
         assert stopping.is_alive()
@@ -206,6 +206,7 @@ def test_the_end_does_not_wait_for_ever():
         assert begun.acquire(timeout=PATIENCE)
         site.listener.stop(0.05)
         assert busy.rest() == b""
+        assert site.connections == 1  # what is worked on there does not know yet
 
 
 def test_an_address_in_use_or_unknown_is_an_os_error():

@@ -120,6 +120,16 @@ def test_whoever_has_nothing_to_take_does_not_stall(ours, clock):
     ours.write(b"x")
 
 
+def test_nothing_stalls_before_it_has_waited(ours, clock):
+    fill(ours)
+    ours._pending.clear()  # the last of it has just found room, and nothing more does
+    clock.now += 1000
+    ours.write(b"x")
+    clock.now += 11
+    with pytest.raises(ClientGoneError, match="stopped reading"):
+        ours.write(b"x")
+
+
 def test_what_waits_has_a_bound(ours):
     fill(ours)
     ours.write(b"x" * (256 * KIB - len(ours._pending)))
