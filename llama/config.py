@@ -1,20 +1,17 @@
 """The numbers that make a Llama: read strictly, so that what this code does not compute is refused by name.
 
 Two spellings of the same thing are understood: `config.json` (Hugging Face, old and new exports) and
-`params.json` (Meta). This module imports neither torch nor anything else of the project.
+`params.json` (Meta). This module imports neither torch nor anything of the project but `llama.strict_json`.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama.strict_json import ConfigError, read_flag, read_json_object, read_number, read_token_ids
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class ConfigError(ValueError):
-    """A checkpoint's configuration asks for something that this code does not compute, or lacks something."""
 
 
 @dataclass(frozen=True)
@@ -126,31 +123,31 @@ class LlamaConfig:
     def from_dict(cls, raw: dict[str, Any]) -> "LlamaConfig":
         """Read the object in a `config.json`. Unsupported settings raise ConfigError with their name."""
         _refuse_unsupported(raw)
-        hidden_size = _number(raw, "hidden_size", int)
-        num_heads = _number(raw, "num_attention_heads", int)
+        hidden_size = read_number(raw, "hidden_size", int)
+        num_heads = read_number(raw, "num_attention_heads", int)
         if num_heads < 1:
             raise ConfigError(f"num_attention_heads is {num_heads}; it must be at least 1")
         rope_theta, rope_scaling = _read_rope(raw)
-        head_dim = _number(raw, "head_dim", int, None)
+        head_dim = read_number(raw, "head_dim", int, None)
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
                                   f"{num_heads}, and there is no head_dim to say otherwise")
             head_dim = hidden_size // num_heads
         return cls(
-            vocab_size=_number(raw, "vocab_size", int),
+            vocab_size=read_number(raw, "vocab_size", int),
             hidden_size=hidden_size,
-            intermediate_size=_number(raw, "intermediate_size", int),
-            num_layers=_number(raw, "num_hidden_layers", int),
+            intermediate_size=read_number(raw, "intermediate_size", int),
+            num_layers=read_number(raw, "num_hidden_layers", int),
             num_heads=num_heads,
-            num_kv_heads=_number(raw, "num_key_value_heads", int, num_heads),
+            num_kv_heads=read_number(raw, "num_key_value_heads", int, num_heads),
             head_dim=head_dim,
-            max_position_embeddings=_number(raw, "max_position_embeddings", int),
+            max_position_embeddings=read_number(raw, "max_position_embeddings", int),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            rms_norm_eps=_number(raw, "rms_norm_eps", float),
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-            bos_token_id=_number(raw, "bos_token_id", int, None),
+            rms_norm_eps=read_number(raw, "rms_norm_eps", float),
+            tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
+            bos_token_id=read_number(raw, "bos_token_id", int, None),
             eos_token_ids=read_token_ids(raw, "eos_token_id"),
             dtype=_read_dtype(raw),
         )
@@ -162,31 +159,31 @@ class LlamaConfig:
                  "norm_eps", "rope_theta", "use_scaled_rope", "model_parallel_size", "max_seq_len"}
         for name in sorted(raw.keys() - known):
             raise ConfigError(f"{name!r} is not a setting that this code knows")
-        dim, num_heads = _number(raw, "dim", int), _number(raw, "n_heads", int)
+        dim, num_heads = read_number(raw, "dim", int), read_number(raw, "n_heads", int)
         if num_heads < 1 or dim % num_heads:
             raise ConfigError(f"dim {dim} is not a multiple of n_heads {num_heads}")
-        multiple_of = _number(raw, "multiple_of", int, 256)
+        multiple_of = read_number(raw, "multiple_of", int, 256)
         if multiple_of < 1:
             raise ConfigError(f"multiple_of is {multiple_of}; it must be at least 1")
-        multiplier = _number(raw, "ffn_dim_multiplier", float, 1.0)
+        multiplier = read_number(raw, "ffn_dim_multiplier", float, 1.0)
         if not 0 < multiplier <= 100:
             raise ConfigError(f"ffn_dim_multiplier is {multiplier}; it must be above 0 and at most 100")
         inner = int(multiplier * int(8 * dim / 3))
-        scaled = _flag(raw, "use_scaled_rope")
+        scaled = read_flag(raw, "use_scaled_rope")
         # Meta ties the head in 3.2 1B and 3B only, and scales those by 32; params.json says neither.
         small = scaled and dim in (2048, 3072)
         return cls(
-            vocab_size=_number(raw, "vocab_size", int),
+            vocab_size=read_number(raw, "vocab_size", int),
             hidden_size=dim,
             intermediate_size=multiple_of * math.ceil(inner / multiple_of),
-            num_layers=_number(raw, "n_layers", int),
+            num_layers=read_number(raw, "n_layers", int),
             num_heads=num_heads,
-            num_kv_heads=_number(raw, "n_kv_heads", int, num_heads),
+            num_kv_heads=read_number(raw, "n_kv_heads", int, num_heads),
             head_dim=dim // num_heads,
             max_position_embeddings=131072 if scaled else 8192,
-            rope_theta=_number(raw, "rope_theta", float),
+            rope_theta=read_number(raw, "rope_theta", float),
             rope_scaling=RopeScaling(32.0 if small else 8.0, 1.0, 4.0, 8192) if scaled else None,
-            rms_norm_eps=_number(raw, "norm_eps", float),
+            rms_norm_eps=read_number(raw, "norm_eps", float),
             tie_word_embeddings=small,
             bos_token_id=128000,
             eos_token_ids=(128001, 128008, 128009),
@@ -224,38 +221,6 @@ class LlamaConfig:
             "torch_dtype": self.dtype,
             "vocab_size": self.vocab_size,
         }
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConfigError that names the file."""
-    try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a repeated key, an endless integer
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which no key may stand twice: readers disagree on which one counts."""
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"the key {name!r} stands twice in one object")
-        fields[name] = value
-    return fields
-
-
-def read_token_ids(raw: dict[str, Any], name: str) -> tuple[int, ...]:
-    """A field that holds one token id, a list of them, or null, as a tuple."""
-    value = raw.get(name)
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in values):
-        raise ConfigError(f"{name} must be a token id or a list of them, not {value!r}")
-    return tuple(values)
 
 
 # What these settings may be; any other value changes the computation in a way that is not written here.
@@ -307,10 +272,11 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ConfigError("rope_parameters and rope_scaling are both given; keep the one that is meant")
     settings = settings or {}
     numbers = {f"{field}.{name}": value for name, value in settings.items()}  # refused by their full names
-    theta, folded = _number(raw, "rope_theta", float, None), _number(numbers, f"{field}.rope_theta", float, None)
+    theta = read_number(raw, "rope_theta", float, None)
+    folded = read_number(numbers, f"{field}.rope_theta", float, None)
     if None not in (theta, folded) and theta != folded:
         raise ConfigError(f"rope_theta is {theta} but {field}.rope_theta is {folded}; keep the one that is meant")
-    theta = _number(raw, "rope_theta", float) if folded is None else folded
+    theta = read_number(raw, "rope_theta", float) if folded is None else folded
     if not settings.keys() - {"rope_theta"}:
         return theta, None
     kind = settings.get("rope_type", settings.get("type"))
@@ -322,9 +288,9 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ConfigError(f"{field}.{name} is not a setting of rope_type {kind!r}")
     if kind == "default":
         return theta, None
-    factor, low, high = (_number(numbers, f"{field}.{name}", float)
+    factor, low, high = (read_number(numbers, f"{field}.{name}", float)
                          for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = _number(numbers, f"{field}.original_max_position_embeddings", int)
+    original = read_number(numbers, f"{field}.original_max_position_embeddings", int)
     if factor < 1 or not 0 < low < high or original < 1:
         raise ConfigError(f"{field} {settings!r} is out of range: factor at least 1, "
                           "0 < low_freq_factor < high_freq_factor, original_max_position_embeddings at least 1")
@@ -336,26 +302,3 @@ def _read_dtype(raw: dict[str, Any]) -> str:
     if not isinstance(name, str) or name not in DTYPE_BYTES:
         raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
     return name
-
-
-_REQUIRED = object()
-
-
-def _number(raw: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """A finite number of the given kind; an absent or null one takes the default, if there is one."""
-    value = raw.get(name)
-    if value is None:
-        if default is _REQUIRED:
-            raise ConfigError(f"{name} is missing")
-        return default
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    if not whole and not (kind is float and isinstance(value, float) and math.isfinite(value)):
-        raise ConfigError(f"{name} must be {'an integer' if kind is int else 'a finite number'}, not {value!r}")
-    return kind(value)
-
-
-def _flag(raw: dict[str, Any], name: str) -> bool:
-    value = raw.get(name, False)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, not {value!r}")
-    return value

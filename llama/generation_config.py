@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llama.config import ConfigError, read_json_object, read_token_ids
 from llama.engine.request import RequestError, SamplingParams
+from llama.strict_json import ConfigError, read_json_object, read_token_ids
 
 
 def read_generation_config(directory: Path) -> tuple[SamplingParams, tuple[int, ...]]:

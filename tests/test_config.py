@@ -10,7 +10,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.config import LlamaConfig, RopeScaling, read_token_ids
+from llama.config import LlamaConfig, RopeScaling
+from llama.strict_json import read_token_ids
 
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8192, "rope_type": "llama3"}

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.config import ConfigError, LlamaConfig, read_json_object
+from llama.config import LlamaConfig
+from llama.strict_json import ConfigError, read_json_object
 from tests.test_config import INSTRUCT_8B, PARAMS_8B, SCALING
 
 GONE = object()  # the field is left out

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest up: a layer may import itself and those that stand before it. `llama` alone is the facade,
 # the names that users import; nothing inside the house does.
 LAYERS = {
-    "config": ["llama.config"],
+    "config": ["llama.config", "llama.strict_json"],
     "machine": ["llama.machine", "llama.demo", "llama.progress"],
     "text": ["llama.text"],
     "model": ["llama.model"],
@@ -26,7 +26,7 @@ LAYERS = {
     "cli": ["llama.cli", "llama.commands", "llama.terminal", "llama.__main__"],
 }
 STRANGERS = {("model", "text"), ("engine", "text")}  # lower, and yet not to be imported by the first
-WITHOUT_TORCH = ["llama.config", "llama.machine", "llama.text",
+WITHOUT_TORCH = ["llama.config", "llama.strict_json", "llama.machine", "llama.text",
                  "llama.engine.request", "llama.engine.blocks", "llama.engine.scheduler"]
 STARTS_WITHOUT_TORCH = ["llama", "server"]
 BRING_TORCH = {"torch", "triton", "transformers", "safetensors.torch"}

@@ -46,7 +46,8 @@ class TextStream:
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Takes the next id; returns the text that has become certain: after a match or `finish`, none.
 
-        Without `may_stop`, a stop string that this id completes is text like any other. Raises TokenizerError on an id that the vocabulary does not have.
+        Without `may_stop`, a stop string that this id completes is text like any other. Raises TokenizerError
+        on an id that the vocabulary does not have.
         """
         if self._closed or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
             return ""
