@@ -42,3 +42,9 @@ class ProgressBar:
     def __exit__(self, *exception: Any) -> None:
         if self._shown:
             sys.stderr.write("\n")
+
+
+def describe_bytes(done: int, total: int, seconds: float) -> str:
+    """What follows a bar that counts bytes: how many of how many, and how fast."""
+    unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    return f"{done / size:.1f} of {total / size:.1f} {unit}, {done / max(seconds, 1e-9) / 1e9:.1f} GB/s"

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +25,9 @@ from torch import Tensor
 
 import llama
 from llama.checkpoint.layout import places
-from llama.checkpoint.load import ProgressBar
 from llama.checkpoint.save import write_checkpoint
 from llama.config import DTYPE_BYTES, LlamaConfig
+from llama.progress import ProgressBar, describe_bytes
 from llama.text.tokenizer import Tokenizer
 
 # What differs between the published models. `tiny` is none of them: it is small enough for a test, and with
@@ -184,7 +183,7 @@ def make_checkpoint(directory: Path, config: dict[str, Any], *, seed: int, shard
     shapes = {name: place.shape for name, place in places(parsed).items()}
     num_threads = os.cpu_count() or 1
     with (ThreadPoolExecutor(num_threads) as pool,
-          ProgressBar("writing", parsed.num_weight_bytes(), sys.stderr.isatty()) as bar):
+          ProgressBar("writing", parsed.num_weight_bytes(), describe_bytes) as bar):
         def pieces(name: str) -> Iterator[Tensor]:
             for piece in random_tensor(name, shapes[name], dtype, seed, pool):
                 yield piece

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from llama.checkpoint.layout import Place, match
 from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, read_stored
-from llama.config import DTYPE_BYTES, ConfigError, LlamaConfig
+from llama.config import DTYPE_BYTES, LlamaConfig
 from llama.model.transformer import Llama
-from llama.progress import ProgressBar
+from llama.progress import ProgressBar, describe_bytes
+from llama.strict_json import ConfigError
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What is read at a time. Small enough to convert within the processor's cache, and to be nothing beside the
@@ -81,14 +82,10 @@ def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str,
     for _ in range(num_readers):
         buffers.put(torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8))
     total_bytes = sum(piece.num_bytes for piece in pieces)
-    with ProgressBar("loading", total_bytes, _describe, shown=progress) as bar, ThreadPoolExecutor(num_readers) as pool:
+    with (ProgressBar("loading", total_bytes, describe_bytes, shown=progress) as bar,
+          ThreadPoolExecutor(num_readers) as pool):
         for num_bytes in pool.map(partial(_read_piece, buffers=buffers), pieces):
             bar.add(num_bytes)
-
-
-def _describe(done: int, total: int, seconds: float) -> str:
-    unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
-    return f"{done / size:.1f} of {total / size:.1f} {unit}, {done / max(seconds, 1e-9) / 1e9:.1f} GB/s"
 
 
 def _cut(stored: StoredTensor, place: Place, parameter: Tensor) -> Iterator[_Piece]:

@@ -1,6 +1,8 @@
 """Random checkpoints: the published shapes and files, readable by others, reproducible, sane to run."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +49,17 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def rms(x: Tensor) -> float:
     return x.float().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_is_drawn_on_a_terminal(is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    make(tmp_path)
+    lines = stream.getvalue().split("\r")
+    last = re.fullmatch(r"writing \[#{25}\] (\d+\.\d) of \1 MB, \d+\.\d GB/s\x1b\[K\n", lines[-1])
+    assert bool(last) == (len(lines) > 1) == is_terminal
 
 
 @pytest.mark.parametrize("shape", PARAMETERS)
