@@ -61,11 +61,11 @@ class _Server:
         self._was_ready = False
 
     def run(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-        settings = self._front.settings
-        print(f"llama {__version__} at {self._front.url} loads {settings.spec.model or 'the demo model'}", flush=True)
+        model = self._front.settings.spec.model or "the demo model"
         try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+            print(f"llama {__version__} at {self._front.url} loads {model}", flush=True)
             self._front.start()
             self._is_loading = False
             self._ended.wait()

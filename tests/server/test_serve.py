@@ -96,11 +96,19 @@ def test_every_flag_arrives(settings, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--port", "65536"), ("--port", "-1"), ("--port", "http"),
                                    ("--heartbeat-seconds", "nan"), ("--drain-seconds", "-1"),
-                                   ("--drain-seconds", "inf"), ("--max-connections", "0"), ("--log-format", "xml")])
+                                   ("--drain-seconds", "inf"), ("--max-connections", "0"), ("--log-format", "xml"),
+                                   ("--heartbeat-seconds", "0"), ("--root-path", "/a?b"), ("--root-path", "a b"),
+                                   ("--root-path", "/%61"), *(("--served-model-name", name) for name in (
+                                       "", "/a", "a/", "a//b", "a\n", "x" * 257))])
 def test_flags_that_mean_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*flags)
-    assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+    assert caught.value.code == 2 and f"argument {flags[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "path"), [("", ""), ("/", ""), ("a", "/a"), ("//a//b-1//", "/a/b-1")])
+def test_a_root_path_is_brought_into_form(text, path):
+    assert parse("--root-path", text).root_path == path
 
 
 # ---- keys ------------------------------------------------------------------------------------------------
