@@ -1,6 +1,7 @@
 """`llama serve`: what its flags come to, what it refuses to start with, and how it ends."""
 
 import argparse
+import ctypes
 import errno
 import json
 import logging
@@ -234,6 +235,13 @@ def test_a_second_signal_ends_it_at_once_with_a_log_for_people():
         assert b'"code":"engine_lost"' in received and b"[DONE]" not in received
         assert re.search(r"^\S+Z id=chat-\w+ peer=127.0.0.1 method=POST route=/v1/chat/completions status=200 ",
                          server.log, re.M)
+
+
+def test_a_signal_ends_it_whichever_thread_gets_it():
+    with scripted() as server:
+        threads = {int(each) for each in os.listdir(f"/proc/{server.process.pid}/task")} - {server.process.pid}
+        ctypes.CDLL(None).tgkill(server.process.pid, min(threads), signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
