@@ -141,18 +141,20 @@ class _Run:
         yield self.rendering.closing()
 
     def _events(self, heartbeat_seconds: float | None, stream: EventStream | None) -> list[Event]:
-        """What has come; [] at the end. While nothing comes, the stream is kept alive."""
-        waited = 0.0
+        """What has come; [] at the end. While nothing is to be said, also where tokens come that say nothing yet,
+        the stream is kept alive."""
+        if stream is None:
+            return self._ticket.get()
         while True:
-            pause = _PUSH_SECONDS if stream is not None and stream.has_pending else heartbeat_seconds
-            events = self._ticket.get(pause)
+            silence = stream.silence
+            if silence >= heartbeat_seconds:
+                stream.beat()
+                silence = 0.0
+            pause = heartbeat_seconds - silence
+            events = self._ticket.get(min(pause, _PUSH_SECONDS) if stream.has_pending else pause)
             if events is not None:
                 return events
             stream.push()
-            waited += pause
-            if waited >= heartbeat_seconds:
-                stream.beat()
-                waited = 0.0
 
     def _read(self, events: list[Event]) -> tuple[list[Chunk], _FailedError | None]:
         """The chunks of events, and what has put an end to them."""

@@ -1,6 +1,7 @@
 """One request and its answer: whole, or as server-sent events."""
 
 import http
+import time
 from collections.abc import Iterable
 from email.utils import formatdate
 
@@ -99,6 +100,12 @@ class EventStream:
         self._exchange = exchange
         self._transport = exchange.transport
         self._in_chunks = in_chunks
+        self._said_at = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since something was sent."""
+        return time.monotonic() - self._said_at
 
     @property
     def has_pending(self) -> bool:
@@ -132,6 +139,7 @@ class EventStream:
 
     def _write(self, data: bytes) -> None:
         if data:
+            self._said_at = time.monotonic()
             self._transport.write(b"%x\r\n%s\r\n" % (len(data), data) if self._in_chunks else data)
 
 

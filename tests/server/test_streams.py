@@ -244,6 +244,16 @@ def test_a_stream_shows_that_it_lives(served, hold):
         hold.unlink(missing_ok=True)
 
 
+def test_a_stream_whose_tokens_say_nothing_yet_shows_that_it_lives(served):
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    with served.open() as client:
+        client.send(chat(stream=True, max_tokens=500, stop=f"{alphabet * 30}!")).head()  # held back, to the end
+        assert b'"role"' in client.chunk()
+        assert client.chunk() == b": still there\n\n"
+        rest = client.take_until(b"[DONE]")
+        assert rest.count(b'"content":') == 1 and alphabet.encode() in rest
+
+
 def test_a_reader_too_slow_for_its_text_is_cancelled_alone(served):
     with served.open() as other, served.open(room=4 * KIB) as client:
         other.send(chat(stream=True, max_tokens=CONTEXT - 100)).head()
