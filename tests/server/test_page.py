@@ -5,11 +5,11 @@ import urllib.request
 
 import pytest
 
-from tests.server.browser import (CHROMEDRIVER, CHROMIUM, ENTER, ESCAPE, NEEDED, RIGHT, SHIFT, TAB,
-                                  Page)
+from tests.needs import needs_browser
+from tests.server.browser import ENTER, ESCAPE, RIGHT, SHIFT, TAB, Page
 from tests.server.clients import KEY
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason=NEEDED)
+pytestmark = needs_browser
 
 GREETING = "Hello. How can I assist you today?"
 
