@@ -20,7 +20,7 @@ JSON = "application/json"
 DONE = b"[DONE]"
 RETRY_SECONDS = 1  # after which a full queue may have room
 LOAD_SECONDS = 5  # after which a model may be loaded
-_PUSH_SECONDS = 0.05  # how soon a slow reader is tried again
+_PUSH_SECONDS = 0.05  # how soon what waits is pushed: the opening, and what a slow reader left
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ class Generator:
             exchange.answer(200, body, JSON)
             return
         stream = exchange.stream()
+        pieces = run.chunks(self.heartbeat_seconds, stream)
+        stream.keep(map(dumps, next(pieces)))  # the opening: it goes with the first text, or soon without it
         try:
-            for chunks in run.chunks(self.heartbeat_seconds, stream):
+            for chunks in pieces:
                 stream.send(map(dumps, chunks))
         except _FailedError as error:
             stream.break_off(dumps(error.answer.body()))
