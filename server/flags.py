@@ -1,6 +1,7 @@
 """The flags of `llama serve` and `python -m server`."""
 
 import argparse
+import re
 
 from llama.flags import add_checkpoint_flags, add_engine_flags, count
 
@@ -19,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                          help="port (default: %(default)s); 0: any that is free")
     address.add_argument("--root-path", type=_root_path, default="", metavar="PATH",
                          help="serve everything under this prefix, as a gateway may want it")
-    address.add_argument("--served-model-name", action="append", metavar="NAME",
+    address.add_argument("--served-model-name", type=_name, action="append", metavar="NAME",
                          help=f"what clients call the model (default: {NAME}); may be given several times")
     _add_access(parser)
     _add_limits(parser)
@@ -57,7 +58,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
                        help="tokens of prompts that may wait (default: %(default)s)")
     group.add_argument("--drain-seconds", type=_seconds, default=30.0, metavar="S",
                        help="what running answers get to end in when the server stops (default: %(default)g)")
-    group.add_argument("--heartbeat-seconds", type=_seconds, default=5.0, metavar="S",
+    group.add_argument("--heartbeat-seconds", type=_interval, default=5.0, metavar="S",
                        help="a stream without text shows so often that it lives (default: %(default)g)")
 
 
@@ -77,6 +78,22 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0.01:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short a time; give at least 0.01 seconds")
+    return seconds
+
+
 def _root_path(text: str) -> str:
-    path = "/" + text.strip("/")
-    return "" if path == "/" else path
+    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no prefix of paths; give one such as /gate/way")
+    return "".join(f"/{part}" for part in text.split("/") if part)
+
+
+def _name(text: str) -> str:
+    """A model's name, which stands in JSON and in paths: there doubled slashes are one, and none ends them."""
+    if not 1 <= len(text) <= 256 or not text.isprintable() or not all(text.split("/")):
+        raise argparse.ArgumentTypeError(f"{text[:64]!r} is no name for a model; give 1 to 256 characters, and "
+                                         "no slash but single ones within")
+    return text

@@ -20,7 +20,7 @@ JSON = "application/json"
 DONE = b"[DONE]"
 RETRY_SECONDS = 1  # after which a full queue may have room
 LOAD_SECONDS = 5  # after which a model may be loaded
-_PUSH_SECONDS = 0.05  # how soon a slow reader is tried again
+_PUSH_SECONDS = 0.05  # how soon what waits is pushed: the opening, and what a slow reader left
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ class Generator:
             exchange.answer(200, body, JSON)
             return
         stream = exchange.stream()
+        pieces = run.chunks(self.heartbeat_seconds, stream)
+        stream.keep(map(dumps, next(pieces)))  # the opening: it goes with the first text, or soon without it
         try:
-            for chunks in run.chunks(self.heartbeat_seconds, stream):
+            for chunks in pieces:
                 stream.send(map(dumps, chunks))
         except _FailedError as error:
             stream.break_off(dumps(error.answer.body()))
@@ -141,18 +143,20 @@ class _Run:
         yield self.rendering.closing()
 
     def _events(self, heartbeat_seconds: float | None, stream: EventStream | None) -> list[Event]:
-        """What has come; [] at the end. While nothing comes, the stream is kept alive."""
-        waited = 0.0
+        """What has come; [] at the end. While nothing is to be said, also where tokens come that say nothing yet,
+        the stream is kept alive."""
+        if stream is None:
+            return self._ticket.get()
         while True:
-            pause = _PUSH_SECONDS if stream is not None and stream.has_pending else heartbeat_seconds
-            events = self._ticket.get(pause)
+            silence = stream.silence
+            if silence >= heartbeat_seconds:
+                stream.beat()
+                silence = 0.0
+            pause = heartbeat_seconds - silence
+            events = self._ticket.get(min(pause, _PUSH_SECONDS) if stream.has_pending else pause)
             if events is not None:
                 return events
             stream.push()
-            waited += pause
-            if waited >= heartbeat_seconds:
-                stream.beat()
-                waited = 0.0
 
     def _read(self, events: list[Event]) -> tuple[list[Chunk], _FailedError | None]:
         """The chunks of events, and what has put an end to them."""

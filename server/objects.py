@@ -64,10 +64,10 @@ class Object(Type):
                 raise FieldError((*place, name), "is missing", "missing_required_parameter")
         return checked
 
-    def read(self, value: Any) -> dict[str, Any]:
-        """All fields of a whole request: as given, or else their defaults. Raises FieldError."""
-        defaults = {name: field.default for name, field in self.fields.items()}
-        return defaults | self.check(value, ())
+    def read(self, value: Any, **defaults: Any) -> dict[str, Any]:
+        """All fields of a whole request: as given, or else by `defaults`, or else their own. Raises FieldError."""
+        own = {name: field.default for name, field in self.fields.items()}
+        return own | defaults | self.check(value, ())
 
     def schema(self) -> dict[str, Any]:
         required = [name for name, field in self.fields.items() if field.required]

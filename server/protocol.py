@@ -33,9 +33,12 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "pre
              "include_stop_str_in_output", "skip_special_tokens", "n")
 
 
-def parse_chat(body: bytes, served: Served) -> Call:
-    """Read a body of /v1/chat/completions. Raises ApiError: 400, or 404 for a model that is not served."""
-    values = _read(body, served.chat_request, served)
+def parse_chat(body: bytes, served: Served, name: str | None = None) -> Call:
+    """Read a body of /v1/chat/completions. name: of the model, where the body gives none.
+
+    Raises ApiError: 400, or 404 for a model that is not served.
+    """
+    values = _read(body, served.chat_request, served, name)
     _check_chat(values)
     ids, echo_text = _encode_chat(values, served)
     limit = _max_tokens_field(values)
@@ -104,10 +107,10 @@ def _refused(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-def _read(body: bytes, table: Object, served: Served) -> dict[str, Any]:
-    """All fields of a body, with their defaults."""
+def _read(body: bytes, table: Object, served: Served, name: str | None = None) -> dict[str, Any]:
+    """All fields of a body, with their defaults. name: of the model, where the body gives none."""
     try:
-        values = table.read(read_json(body))
+        values = table.read(read_json(body), model=name or served.names[0])
     except FieldError as error:
         raise ApiError(400, str(error), param=place_name(error.place) or None, code=error.code) from None
     served.refuse_unknown(values["model"])

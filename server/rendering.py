@@ -16,10 +16,12 @@ from server.tool_replies import ToolReply
 
 Chunk = dict[str, Any]
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 def dumps(data: Any) -> bytes:
     """JSON on the wire: compact, raw UTF-8, keys in their order; a lone surrogate becomes U+FFFD."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _ENCODER.encode(data)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:

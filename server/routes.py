@@ -31,7 +31,7 @@ _PAGE_FIELDS = (
     ("Content-Security-Policy", "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
      "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"))
-_PROJECT = r"/project/p-(?P<project>[^/]*)/genai/(?P<name>[^/]+)/v1/chat/completions"
+_PROJECT = r"/project/p-(?P<project>[^/]*)/genai/(?P<name>.+)/v1/chat/completions"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 Answer = Callable[..., None]
@@ -118,6 +118,8 @@ class Routes:
         if self._supervisor.state == "draining":
             exchange.close_after = True
         exchange.fields += self._origins.check(head)
+        if head.method == "OPTIONS" and head.path == "*":  # of the server as a whole: RFC 9110, 9.3.7
+            return exchange.answer(204, b"", "", [("Allow", "GET, HEAD, POST, OPTIONS")])
         path = self._path(head.path)
         found = [(route, match) for route in self._routes if (match := route.pattern.fullmatch(path))]
         if not found:
@@ -159,16 +161,17 @@ class Routes:
 
     # ---- what generates ----------------------------------------------------------------------------------
 
-    def _chat(self, exchange: Exchange, entry: Entry, salt: str) -> None:
+    def _chat(self, exchange: Exchange, entry: Entry, salt: str, name: str | None = None) -> None:
+        """name: of the model, where the body gives none."""
         served = self._served()
         self._refuse_early()
-        call = parse_chat(exchange.read_body(), served)
+        call = parse_chat(exchange.read_body(), served, name)
         self._generator.answer(exchange, entry, served, call, salt)
 
     def _project_chat(self, exchange: Exchange, entry: Entry, salt: str, project: str, name: str) -> None:
         _check_project(exchange.head.query, project)
         self._served().refuse_unknown(name)
-        self._chat(exchange, entry, salt)
+        self._chat(exchange, entry, salt, name)
 
     def _completion(self, exchange: Exchange, entry: Entry, salt: str) -> None:
         served = self._served()

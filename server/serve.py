@@ -4,8 +4,8 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
-import threading
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -55,24 +55,30 @@ class _Server:
     def __init__(self, settings: Settings, drain_seconds: float):
         self._front = Front(settings, self._note_state)
         self._drain_seconds = drain_seconds
-        self._ended = threading.Event()
+        self._is_ending = False
+        self._bell, self._rung = socket.socketpair()  # wakes the main thread, which alone handles signals
+        self._bell.setblocking(False)
         self._failure: str | None = None
         self._is_loading = True
         self._was_ready = False
 
     def run(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-        settings = self._front.settings
-        print(f"llama {__version__} at {self._front.url} loads {settings.spec.model or 'the demo model'}", flush=True)
+        model = self._front.settings.spec.model or "the demo model"
         try:
+            # The system may give a signal to any thread, and the main one would sleep on.
+            signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+            print(f"llama {__version__} at {self._front.url} loads {model}", flush=True)
             self._front.start()
             self._is_loading = False
-            self._ended.wait()
+            while not self._is_ending:
+                self._rung.recv(1)
         except KeyboardInterrupt:
             pass  # while the checkpoint was still being fetched or read
         finally:
             self._front.stop(self._drain_seconds if self._failure is None else 0.0)
+            signal.set_wakeup_fd(-1)
         if self._failure is not None:
             sys.stderr.write(f"llama: error: {self._failure}\n")
         return 0 if self._failure is None else 1
@@ -81,14 +87,15 @@ class _Server:
         if self._is_loading:
             self._is_loading = False
             raise KeyboardInterrupt
-        if self._ended.is_set():
+        if self._is_ending:
             self._front.stop(0.0)
-        self._ended.set()
+        self._is_ending = True
 
     def _note_state(self, state: str, detail: str) -> None:
         if state == "failed":
             self._failure = detail
-            self._ended.set()
+            self._is_ending = True
+            self._bell.send(b"!")
         elif state == "ready":
             print("the engine is ready again" if self._was_ready else self._greeting(), flush=True)
             self._was_ready = True

@@ -1,6 +1,7 @@
 """One request and its answer: whole, or as server-sent events."""
 
 import http
+import time
 from collections.abc import Iterable
 from email.utils import formatdate
 
@@ -60,14 +61,14 @@ class Exchange:
             self._is_body_read = True
 
     def stream(self) -> "EventStream":
-        """Begin an answer of server-sent events. Raises ClientGoneError."""
+        """Begin an answer of server-sent events. Its head goes with what is sent or pushed first."""
         in_chunks = self.head.is_11
         if not in_chunks:
             self.close_after = True  # which is how the client finds its end
         own = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
         if in_chunks:
             own.append(("Transfer-Encoding", "chunked"))
-        self.transport.write(self._head(200, own))
+        self.transport.keep(self._head(200, own))
         return EventStream(self, in_chunks)
 
     def _prepare_to_discard(self) -> bool:
@@ -99,15 +100,27 @@ class EventStream:
         self._exchange = exchange
         self._transport = exchange.transport
         self._in_chunks = in_chunks
+        self._said_at = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since something was sent."""
+        return time.monotonic() - self._said_at
 
     @property
     def has_pending(self) -> bool:
         """Whether something is still waiting for the client to read."""
         return self._transport.has_pending
 
+    def keep(self, events: Iterable[bytes]) -> None:
+        """Have events sent with what is sent or pushed next: each sending wakes the client, and costs both sides."""
+        if data := _lines(events):
+            self._transport.keep(self._framed(data))
+
     def send(self, events: Iterable[bytes]) -> None:
         """Send events: the data of each, on one line. Raises ClientGoneError, also for one who reads too slowly."""
-        self._write(b"".join(b"data: %s\n\n" % data for data in events))
+        if data := _lines(events):
+            self._write(data)
 
     def beat(self) -> None:
         """A comment, which clients ignore: it shows them, and proxies, that the connection lives."""
@@ -131,8 +144,15 @@ class EventStream:
         self._transport.flush()
 
     def _write(self, data: bytes) -> None:
-        if data:
-            self._transport.write(b"%x\r\n%s\r\n" % (len(data), data) if self._in_chunks else data)
+        self._said_at = time.monotonic()
+        self._transport.write(self._framed(data))
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%s\r\n" % (len(data), data) if self._in_chunks else data
+
+
+def _lines(events: Iterable[bytes]) -> bytes:
+    return b"".join(b"data: %s\n\n" % data for data in events)
 
 
 __all__ = ["ClientGoneError", "EventStream", "Exchange"]

@@ -146,15 +146,19 @@ class Transport:
         """Whether bytes wait for the client to read."""
         return bool(self._pending)
 
+    def keep(self, data: bytes) -> None:
+        """Have it sent with what comes next: by the next `write` or `flush`."""
+        if not self._pending:
+            self._taken_at = time.monotonic()
+        self._pending += data
+
     def write(self, data: bytes) -> None:
         """Send without waiting; what the client does not take yet is kept for `write` and `flush` to send.
 
         What alone is more than limits.pending is waited for as by `flush`. Raises ClientGoneError if the client
         has gone, leaves more than limits.pending, or for stall_seconds everything, untaken.
         """
-        if not self._pending:
-            self._taken_at = time.monotonic()
-        self._pending += data
+        self.keep(data)
         self._send()
         if len(data) > self.limits.pending:
             self.flush()

@@ -5,7 +5,6 @@ WebDriver is JSON over HTTP, so the standard library speaks it: https://www.w3.o
 
 import base64
 import json
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -13,9 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-NEEDED = "the page's tests need a browser: apt-get install chromium chromium-driver"
+from tests.needs import CHROMEDRIVER, CHROMIUM
 
 ENTER, ESCAPE, TAB, SHIFT = "\ue007", "\ue00c", "\ue004", "\ue008"
 HOME, LEFT, RIGHT = "\ue011", "\ue012", "\ue014"
@@ -29,6 +26,7 @@ class Browser:
     """One browser with one page. `close` ends it and its driver."""
 
     def __init__(self) -> None:
+        assert CHROMIUM and CHROMEDRIVER, "there is no browser: apt-get install chromium chromium-driver"
         self._driver = subprocess.Popen([CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
         line = next(line for line in self._driver.stdout if "successfully on port" in line)
         self._url = f"http://127.0.0.1:{line.split()[-1].rstrip('.')}/session"

@@ -1,11 +1,9 @@
 """Clients that people have, other than the openai package, against the server on a socket."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from langchain_core.messages import convert_to_messages
 from langchain_openai import ChatOpenAI
 
 from llama import Llama, SamplingParams
+from tests.needs import needs_curl, needs_lm_eval
 from tests.server.clients import (CHAT, COMPLETION, HELLO, KEY, NAME, PROJECT_CHAT, ROOT, Server, serving)
 from tests.server.test_documented import ANSWER, REQUEST, RESPONSE, STREAMED, filled
 
@@ -28,8 +27,6 @@ def run(*command: str, **options) -> str:
 
 
 # ---- curl ------------------------------------------------------------------------------------------------
-
-needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 @needs_curl
@@ -135,7 +132,6 @@ def test_schemathesis_finds_nothing(tmp_path: Path):
 
 # ---- lm_eval ---------------------------------------------------------------------------------------------
 
-HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 TASKS = {
     "small_choices": {
         "target_delimiter": "", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
@@ -152,7 +148,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.skipif(not HAS_LM_EVAL, reason="needs the `clients` extra, which has lm_eval")
+@needs_lm_eval
 def test_lm_eval(demo: Server, tmp_path: Path):
     """Log likelihoods and generations as its local-completions asks for them, in batches and side by side."""
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))

@@ -5,11 +5,11 @@ import urllib.request
 
 import pytest
 
-from tests.server.browser import (CHROMEDRIVER, CHROMIUM, ENTER, ESCAPE, NEEDED, RIGHT, SHIFT, TAB,
-                                  Page)
+from tests.needs import needs_browser
+from tests.server.browser import ENTER, ESCAPE, RIGHT, SHIFT, TAB, Page
 from tests.server.clients import KEY
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason=NEEDED)
+pytestmark = needs_browser
 
 GREETING = "Hello. How can I assist you today?"
 
@@ -171,8 +171,12 @@ def test_every_screen_by_day_and_night(page, scheme, width):
     page.click("#prompt summary")
     page.ask("Hello. My name is Ada-" + "x" * 300)
     assert page.too_wide() == []
+    assert page.run("return document.querySelector('article.user .text').getBoundingClientRect().left") >= 6
     page.click("#settings-button")
     assert page.too_wide() == []
+    page.hover("#root")  # away from the button, which still shows that its panel is open
+    shade = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor"
+    assert page.run(shade, "#settings-button") != page.run(shade, "#chats-button")
     light = page.run("return getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] > 128")
     assert light == (scheme == "light")
 

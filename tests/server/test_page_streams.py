@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from tests.server.browser import CHROMEDRIVER, CHROMIUM, ENTER, ESCAPE, NEEDED, SHIFT, Page
+from tests.needs import needs_browser
+from tests.server.browser import ENTER, ESCAPE, SHIFT, Page
 from tests.server.scripted_site import Site, chunk, event, token, whole
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason=NEEDED)
+pytestmark = needs_browser
 
 HOSTILE = "<img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
 FOREVER = [chunk(), *(piece for number in range(2000) for piece in (chunk(f" {number}", [token(f" {number}")]), 0.01))]

@@ -81,6 +81,8 @@ def test_what_is_not_there(served, path, method):
         answer = client.send(post(path, b"{}", method=method)).answer(to_head=method == "HEAD")
         if path == "/v1/models/":  # a slash too many is forgiven
             assert answer.status == {"GET": 200, "HEAD": 200, "OPTIONS": 204, "POST": 405}[method]
+        elif (method, path) == ("OPTIONS", "*"):
+            assert (answer.status, answer.fields["allow"]) == (204, "GET, HEAD, POST, OPTIONS")
         else:
             assert answer.status == 404 and len(answer.body) < 500
             assert method == "HEAD" or answer.code == "not_found"
@@ -218,13 +220,23 @@ def test_any_other_project_is_400(served, project, query):
 
 
 def test_the_model_in_the_path_must_be_served(small):
-    with serving(small, names=("one", "two")) as served:
-        for name, status in (("one", 200), ("two", 200), (NAME, 404), ("One", 404)):
+    names = ("one", "two", "of/a hub")
+    with serving(small, names=names) as served:
+        for name, status in (*((name, 200) for name in names), (NAME, 404), ("One", 404), ("a hub", 404)):
+            name = name.replace(" ", "%20")
             path = f"/project/p-1/genai/{name}/v1/chat/completions?project_id=1"
             assert served.ask(chat(path=path, max_tokens=1)).status == status
             assert served.ask(get(f"/v1/models/{name}")).status == status
         assert served.ask(chat(path="/project/p-1/genai/two/v1/chat/completions?project_id=1", max_tokens=1,
                                model="two")).json["model"] == "two"
+
+
+def test_the_model_in_the_path_is_meant_where_the_body_names_none(small):
+    with serving(small, names=("one", "two")) as served:
+        path = "/project/p-1/genai/two/v1/chat/completions?project_id=1"
+        for fields, name in (({}, "two"), ({"model": None}, "two"), ({"model": "one"}, "one")):
+            assert served.ask(chat(path=path, max_tokens=1, **fields)).json["model"] == name
+        assert served.ask(chat(max_tokens=1)).json["model"] == "one"
 
 
 # ---- what is answered ------------------------------------------------------------------------------------

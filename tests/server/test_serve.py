@@ -1,6 +1,7 @@
 """`llama serve`: what its flags come to, what it refuses to start with, and how it ends."""
 
 import argparse
+import ctypes
 import errno
 import json
 import logging
@@ -96,11 +97,19 @@ def test_every_flag_arrives(settings, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--port", "65536"), ("--port", "-1"), ("--port", "http"),
                                    ("--heartbeat-seconds", "nan"), ("--drain-seconds", "-1"),
-                                   ("--drain-seconds", "inf"), ("--max-connections", "0"), ("--log-format", "xml")])
+                                   ("--drain-seconds", "inf"), ("--max-connections", "0"), ("--log-format", "xml"),
+                                   ("--heartbeat-seconds", "0"), ("--root-path", "/a?b"), ("--root-path", "a b"),
+                                   ("--root-path", "/%61"), *(("--served-model-name", name) for name in (
+                                       "", "/a", "a/", "a//b", "a\n", "x" * 257))])
 def test_flags_that_mean_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*flags)
-    assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+    assert caught.value.code == 2 and f"argument {flags[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "path"), [("", ""), ("/", ""), ("a", "/a"), ("//a//b-1//", "/a/b-1")])
+def test_a_root_path_is_brought_into_form(text, path):
+    assert parse("--root-path", text).root_path == path
 
 
 # ---- keys ------------------------------------------------------------------------------------------------
@@ -226,6 +235,13 @@ def test_a_second_signal_ends_it_at_once_with_a_log_for_people():
         assert b'"code":"engine_lost"' in received and b"[DONE]" not in received
         assert re.search(r"^\S+Z id=chat-\w+ peer=127.0.0.1 method=POST route=/v1/chat/completions status=200 ",
                          server.log, re.M)
+
+
+def test_a_signal_ends_it_whichever_thread_gets_it():
+    with scripted() as server:
+        threads = {int(each) for each in os.listdir(f"/proc/{server.process.pid}/task")} - {server.process.pid}
+        ctypes.CDLL(None).tgkill(server.process.pid, min(threads), signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,7 +2,9 @@
 
 import json
 import os
+import select
 import signal
+import threading
 from contextlib import contextmanager
 from queue import SimpleQueue
 
@@ -27,6 +29,7 @@ def telling(**limits):
         if exchange.head.path != "/stream":
             return tell(exchange)
         stream = exchange.stream()
+        stream.push()  # the head, for which a test waits
         while (step := steps.get(timeout=PATIENCE)) is not None:
             step(stream)
 
@@ -62,6 +65,20 @@ def test_every_event_is_on_its_way_before_the_next_is_made():
         for step in (send(), end, None):  # no event is no chunk, which would be the last
             steps.put(step)
         assert client.chunk() == b"" and not client.received
+
+
+def test_what_is_kept_goes_with_what_comes_next():
+    with telling() as (site, steps), site.open() as client:
+        client.send(get("/stream")).head()
+        kept = threading.Event()
+        for step in (lambda stream: stream.keep([b"a", b"b"]), lambda stream: stream.keep([]), lambda _: kept.set()):
+            steps.put(step)
+        assert kept.wait(PATIENCE) and not select.select([client.socket], [], [], 0)[0]
+        steps.put(send(b"c"))
+        assert [client.chunk(), client.chunk()] == [b"data: a\n\ndata: b\n\n", b"data: c\n\n"]
+        for step in (lambda stream: stream.keep([b"d"]), lambda stream: stream.push(), end, None):
+            steps.put(step)
+        assert [client.chunk(), client.chunk()] == [b"data: d\n\n", b""]
 
 
 def test_the_connection_serves_on_after_a_stream():
@@ -242,6 +259,16 @@ def test_a_stream_shows_that_it_lives(served, hold):
             assert b"".join(rest).endswith(b"data: [DONE]\n\n")
     finally:
         hold.unlink(missing_ok=True)
+
+
+def test_a_stream_whose_tokens_say_nothing_yet_shows_that_it_lives(served):
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    with served.open() as client:
+        client.send(chat(stream=True, max_tokens=500, stop=f"{alphabet * 30}!")).head()  # held back, to the end
+        assert b'"role"' in client.chunk()
+        assert client.chunk() == b": still there\n\n"
+        rest = client.take_until(b"[DONE]")
+        assert rest.count(b'"content":') == 1 and alphabet.encode() in rest
 
 
 def test_a_reader_too_slow_for_its_text_is_cancelled_alone(served):
