@@ -32,6 +32,7 @@ _SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py")
 _ENGINE = ("engine/test_engine_limits.py", "engine/test_engine.py")
 TESTS = {
     "engine/blocks.py": _BOOKS,
+    "engine/runs.py": ("engine/test_runs.py",),
     "engine/scheduler.py": _BOOKS,
     "engine/sequence.py": (*_BOOKS, *_ENGINE),
     "engine/propose.py": ("engine/test_propose.py",),

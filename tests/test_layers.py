@@ -26,8 +26,8 @@ LAYERS = {
     "cli": ["llama.cli", "llama.commands", "llama.terminal", "llama.__main__"],
 }
 STRANGERS = {("model", "text"), ("engine", "text")}  # lower, and yet not to be imported by the first
-WITHOUT_TORCH = ["llama.config", "llama.strict_json", "llama.machine", "llama.text",
-                 "llama.engine.request", "llama.engine.blocks", "llama.engine.scheduler"]
+WITHOUT_TORCH = ["llama.config", "llama.strict_json", "llama.machine", "llama.text", "llama.engine.request",
+                 "llama.engine.runs", "llama.engine.blocks", "llama.engine.scheduler"]
 STARTS_WITHOUT_TORCH = ["llama", "server"]
 BRING_TORCH = {"torch", "triton", "transformers", "safetensors.torch"}
 DEPENDENCIES = {"torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy", "huggingface_hub",

@@ -11,6 +11,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from llama.engine.runs import FreeRuns
+
 
 def root_digest(salt: str = "", edits: str = "") -> bytes:
     """Where a chain of digests begins. Different salts or edits never share a block."""
@@ -32,7 +34,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = set(range(num_blocks))
+        self._free = FreeRuns(num_blocks)
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
@@ -93,12 +95,14 @@ class BlockPool:
         for _ in range(count):
             if not self._free:
                 self._evict(count - len(blocks))
-            if after is None or after + 1 not in self._free:
-                after = self._roomiest() - 1
-            after += 1
-            self._free.remove(after)
-            self._references[after] = 1
-            blocks.append(after)
+            if after is not None and self._free.begins_with(after + 1):
+                first = block = after + 1
+            else:
+                first, block = self._roomiest()
+            self._free.take(first, block)
+            self._references[block] = 1
+            blocks.append(block)
+            after = block
         return blocks
 
     def publish(self, block: int, digest: bytes) -> None:
@@ -115,19 +119,13 @@ class BlockPool:
             self._digests[block] = None
             self._free.add(block)
 
-    def _roomiest(self) -> int:
+    def _roomiest(self) -> tuple[int, int]:
         """Where a sequence that cannot go on beside its last block should: the start of the longest free run, or
-        the middle of it, if the block before belongs to somebody who may want to grow."""
-        best_first, best_length = 0, 0
-        first = previous = None
-        for block in sorted(self._free):
-            if previous is None or block != previous + 1:
-                first = block
-            previous = block
-            if block - first + 1 > best_length:
-                best_first, best_length = first, block - first + 1
-        neighbour_may_grow = best_first > 0 and self._references[best_first - 1] > 0
-        return best_first + (best_length // 2 if neighbour_may_grow else 0)
+        the middle of it, if the block before belongs to somebody who may want to grow. Returns (the run's first
+        block, the place in it)."""
+        first, end = self._free.longest()
+        neighbour_may_grow = first > 0 and self._references[first - 1] > 0
+        return first, first + ((end - first) // 2 if neighbour_may_grow else 0)
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the books agree with the block tables of all who hold blocks."""
@@ -138,9 +136,10 @@ class BlockPool:
                 counted[block] += 1
         assert counted == self._references, "reference counts differ from the tables"
         held = {block for block, references in enumerate(counted) if references}
+        free = set(self._free)
         assert len(held) + len(self._free) + len(self._kept) == self.num_blocks, "blocks are lost or counted twice"
-        assert held | self._free | self._kept.keys() == set(range(self.num_blocks)), "blocks are lost"
+        assert held | free | self._kept.keys() == set(range(self.num_blocks)), "blocks are lost"
         published = {digest: block for block, digest in enumerate(self._digests) if digest is not None}
         assert published == self._published, "a block is findable under another name than its own"
-        assert self._free.isdisjoint(published.values()), "a free block is still published"
+        assert free.isdisjoint(published.values()), "a free block is still published"
         assert self._kept.keys() <= set(published.values()), "a block is kept without a name to find it by"
