@@ -90,9 +90,10 @@ class PlanTap(Tap):
         parts = [part for part in self.parts if layer in part.plan.layers]
         return PlanTap(parts, self._cache, layer) if parts else UNTOUCHED
 
-    def rows(self, rows: Tensor) -> Tap:
+    def rows(self, rows: Tensor | range) -> Tap:
         """The tap for values that exist for these tokens of the step only."""
-        return PlanTap([part.among(rows.tolist()) for part in self.parts], self._cache)
+        chosen = rows if isinstance(rows, range) else rows.tolist()
+        return PlanTap([part.among(chosen) for part in self.parts], self._cache)
 
     def __call__(self, site: str, value: Tensor, *made_from: Any) -> Tensor:
         """What each plan makes of the value; what is recomputed at this place comes before it."""

@@ -16,7 +16,7 @@ class Tap:
         """The tap for the sites of one layer."""
         return self
 
-    def rows(self, rows: Tensor) -> "Tap":
+    def rows(self, rows: Tensor | range) -> "Tap":
         """The tap for values that exist for these tokens ([rows], int64) of the step only, in this order."""
         return self
 

@@ -26,15 +26,15 @@ def pair(request):
     return theirs, ours(theirs), Hooked(theirs).run(IDS)
 
 
-def assert_alike(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Every site is there, and every value is near."""
+def assert_alike(got: dict[str, Tensor], expected: dict[str, Tensor], way: str = "") -> None:
+    """Every site is there, and every value is near: to 5e-5, or of values above 1 to that share of the largest."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         seen = value.isfinite()
-        assert got[name].shape == value.shape, name
-        assert torch.equal(seen, got[name].isfinite()), name
+        assert got[name].shape == value.shape, (name, way)
+        assert torch.equal(seen, got[name].isfinite()), (name, way)
         largest = max(1.0, value[seen].abs().max().item())
-        assert difference(got[name][seen], value[seen]) < TOLERANCE * largest, name
+        assert difference(got[name][seen], value[seen]) < TOLERANCE * largest, (name, way)
 
 
 def test_a_whole_sequence_has_transformers_values_at_every_site(pair):
