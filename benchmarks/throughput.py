@@ -247,12 +247,12 @@ class _Steered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def hidden(self, batch: Any, cache: Any) -> torch.Tensor:
+    def hidden(self, batch: Any, cache: Any, at: Any) -> torch.Tensor:
         self._positions = batch.positions[batch.logit_rows]
-        return self._model.hidden(batch, cache)
+        return self._model.hidden(batch, cache, at)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._model.logits(hidden)
+    def logits(self, hidden: torch.Tensor, at: Any) -> torch.Tensor:
+        logits = self._model.logits(hidden, at)
         following = self._text[(self._positions + 1).clamp(max=len(self._text) - 1)]
         return logits.scatter(1, following[:, None], 1e6)
 

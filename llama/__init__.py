@@ -11,6 +11,10 @@ _HOMES = {
     "Completion": "llama.runtime",
     "SamplingParams": "llama.engine.request",
     "LlamaConfig": "llama.config",
+    **dict.fromkeys(("Add", "Replace", "Zero", "Scale"), "llama.model.edits"),
+    "Patch": "llama.internals.trace",
+    "Capture": "llama.model.plan",
+    "TracePlan": "llama.model.plan",
 }
 
 __all__ = list(_HOMES)

@@ -6,7 +6,8 @@ The completion is the fold of the deltas; there is no second way to it. Free of 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llama.engine.request import Event, FinishReason, PromptEvent, SamplingParams, TokenEvent, TokenLogprob
+from llama.engine.request import (Event, FinishReason, PromptEvent, SamplingParams, TokenEvent, TokenLogprob,
+                                  TraceEvent)
 from llama.text.stream import TextStream
 from llama.text.tokenizer import Tokenizer
 
@@ -47,7 +48,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample of a finished request. logprobs and prompt_logprobs are None where they were not asked for."""
+    """One sample of a finished request. logprobs and prompt_logprobs are None where they were not asked for; captured
+    is what the request's trace plan caught, as it came."""
 
     text: str
     ids: tuple[int, ...]
@@ -56,17 +58,18 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_logprobs: tuple[TokenLogprob, ...] | None
     usage: Usage
+    captured: tuple[TraceEvent, ...] = ()
 
     @classmethod
     def fold(cls, deltas: Sequence[Delta], params: SamplingParams, num_prompt_tokens: int, num_cached_tokens: int = 0,
-             prompt_logprobs: tuple[TokenLogprob, ...] = ()) -> "Completion":
+             prompt_logprobs: tuple[TokenLogprob, ...] = (), captured: tuple[TraceEvent, ...] = ()) -> "Completion":
         """What all deltas of one sample add up to."""
         ids = tuple(token_id for delta in deltas for token_id in delta.ids)
         logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
         return cls("".join(delta.text for delta in deltas), ids, deltas[-1].finish_reason, deltas[-1].stop_reason,
                    None if params.logprobs is None else logprobs,
                    None if params.prompt_logprobs is None else prompt_logprobs,
-                   Usage(num_prompt_tokens, len(ids), num_cached_tokens))
+                   Usage(num_prompt_tokens, len(ids), num_cached_tokens), captured)
 
 
 class SampleReader:
@@ -110,6 +113,7 @@ class RequestReader:
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    captured: list[TraceEvent] = field(default_factory=list)
     _samples: dict[int, SampleReader] = field(default_factory=dict)
     _deltas: dict[int, list[Delta]] = field(default_factory=dict)
 
@@ -129,6 +133,9 @@ class RequestReader:
             self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached)
             self.prompt_logprobs += event.logprobs
             return None
+        if isinstance(event, TraceEvent):
+            self.captured.append(event)
+            return None
         sample = self._samples[event.index]
         if sample.is_done:
             return None
@@ -139,4 +146,5 @@ class RequestReader:
     def completions(self) -> list[Completion]:
         """The samples, folded; to be asked when all are done."""
         return [Completion.fold(deltas, self.params, self.num_prompt_tokens, self.num_cached_tokens,
-                                tuple(self.prompt_logprobs)) for deltas in self._deltas.values()]
+                                tuple(self.prompt_logprobs), tuple(self.captured))
+                for deltas in self._deltas.values()]

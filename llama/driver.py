@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from llama.completion import Completion, Delta, RequestReader
 from llama.engine.engine import Engine
 from llama.engine.request import Event, QueueFullError, Request, SamplingParams
+from llama.model.plan import TracePlan
 from llama.text.tokenizer import Tokenizer
 
 
@@ -41,7 +42,7 @@ class Driver:
         finally:
             self._forget(name)
 
-    def complete(self, requests: Iterable[tuple[Sequence[int], SamplingParams]]
+    def complete(self, requests: Iterable[tuple[Sequence[int], SamplingParams, TracePlan | None]]
                  ) -> Iterator[tuple[int, list[Completion]]]:
         """Many requests, as many together as the engine takes: each one's place and samples as it ends.
 
@@ -54,8 +55,8 @@ class Driver:
         try:
             while following is not None or readers:
                 while following is not None:
-                    place, (ids, params) = following
-                    name = self._submit(ids, params)
+                    place, (ids, params, plan) = following
+                    name = self._submit(ids, params, plan)
                     if name is None:
                         break
                     readers[name] = place, RequestReader(self.tokenizer, params, len(ids))
@@ -72,9 +73,9 @@ class Driver:
             for name in readers:
                 self._forget(name)
 
-    def _submit(self, ids: Iterable[int], params: SamplingParams) -> str | None:
+    def _submit(self, ids: Iterable[int], params: SamplingParams, plan: TracePlan | None = None) -> str | None:
         """Queue a request; the name under which its events are found, or None while the queue is full."""
-        request = Request(next(self._names), tuple(ids), params)
+        request = Request(next(self._names), tuple(ids), params, trace=plan)
         with self._lock:
             try:
                 self.engine.submit(request)

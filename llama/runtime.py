@@ -20,11 +20,14 @@ from llama.driver import Driver
 from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE, SCORED_ROWS, Engine
 from llama.engine.propose import PromptLookup
-from llama.engine.request import RequestError, SamplingParams
+from llama.engine.request import Request, RequestError, SamplingParams
 from llama.engine.scheduler import Limits
 from llama.generation_config import read_generation_config
+from llama.internals.trace import Capture, Edit, Patch, Trace, assemble, expanded
 from llama.machine import available_memory
 from llama.model.cache import KVCache
+from llama.model.plan import MAX_BYTES, TracePlan
+from llama.model.positions import Positions
 from llama.model.ragged import RaggedBatch, Segment
 from llama.model.transformer import Llama as Transformer
 from llama.progress import ProgressBar
@@ -133,7 +136,7 @@ class Llama:
         As many run together as the engine takes. Closing the iterator cancels the rest. Raises RequestError,
         GenerationError.
         """
-        return self._driver.complete((ids, params.with_defaults(self.defaults)) for ids, params in requests)
+        return self._driver.complete((ids, params.with_defaults(self.defaults), None) for ids, params in requests)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids: beginning-of-text and the text, or the ids as they are."""
@@ -157,6 +160,34 @@ class Llama:
                 results[place] = completions[0] if params.n == 1 else completions
                 bar.add(1)
         return results
+
+    # ---- looking inside -------------------------------------------------------------------------------------
+
+    def trace(self, prompt: Prompt | Sequence[Message] | Sequence[Prompt], capture: Sequence[str | Capture] | str = (),
+              positions: Positions = None, edits: Sequence[Edit | Patch] = (), params: SamplingParams | None = None,
+              max_bytes: int = MAX_BYTES, **template: Any) -> Trace | list[Trace]:
+        """Run a prompt, a conversation, or a list of prompts, and return what passed the sites named in `capture`.
+
+        positions: at which tokens; None for all, those generated too. edits: Add, Replace, Zero, Scale, Patch, in force
+        from the first token on. params: how to continue; by default nothing is generated beyond the token that the
+        prompt's last logits give. `llama trace --sites` lists what can be named. Raises PlanError for a plan that
+        cannot be, RequestError, TraceError for one that did not do what it says.
+        """
+        is_chat = bool(prompt) and isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
+        one = is_chat or _is_one_prompt(prompt)
+        prompts = [self.encode_chat(prompt, **template)] if is_chat else map(self.encode, [prompt] if one else prompt)
+        params = (params or SamplingParams(max_tokens=1, temperature=0.0)).with_defaults(self.defaults)
+        requests = [(ids, params, TracePlan(capture, positions, expanded(edits, self.config, len(ids)), max_bytes))
+                    for ids in prompts]
+        bounds = [self.engine.bound_plan(Request("", tuple(ids), params, trace=plan)) for ids, params, plan in requests]
+        results: list[Any] = [None] * len(requests)
+        for place, [completion] in self._driver.complete(requests):
+            ids, _, plan = requests[place]
+            every = (*ids, *completion.ids)
+            tokens = tuple(self.tokenizer.token_bytes(token).decode("utf-8", "replace") for token in every)
+            values, found = assemble(completion.captured, bounds[place], len(every) - 1)
+            results[place] = Trace(every, tokens, len(ids), values, found, plan, completion.text)
+        return results[0] if one else results
 
     # ---- measuring ------------------------------------------------------------------------------------------
 

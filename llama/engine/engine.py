@@ -17,7 +17,10 @@ from llama.engine.propose import Proposer
 from llama.engine.request import Event, Request, RequestError, StepError, TokenLogprob
 from llama.engine.sampler import SampleRow, log_probabilities, sample
 from llama.engine.scheduler import Limits, Outcome, Plan, Scheduled, Scheduler
+from llama.engine.tracing import bound_plan, look_at_logits, step_tap, trace_events
 from llama.model.cache import KVCache
+from llama.model.plan import BoundPlan
+from llama.model.tap import Tap
 from llama.model.transformer import Llama
 
 BLOCK_SIZE = 16
@@ -63,7 +66,11 @@ class Engine:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(field, f"{field} has the id {token_id}, which is outside the vocabulary of "
                                        f"{vocab_size} tokens")
-        self.scheduler.add(request)
+        self.scheduler.add(request, None if request.trace is None else self.bound_plan(request))
+
+    def bound_plan(self, request: Request) -> BoundPlan:
+        """What a request's trace plan comes to on this model. Raises RequestError, whose field is `trace`."""
+        return bound_plan(request, self.model.config, self.scheduler.max_ids(request))
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Forget a request, or one of its samples, whatever it is doing; its blocks are free at once.
@@ -83,30 +90,33 @@ class Engine:
         if not plan.scheduled:
             return []
         try:
-            outcomes = self._run(plan)
+            outcomes, events = self._run(plan)
         except Exception as error:
             names = dict.fromkeys(item.sequence.request.id for item in plan.scheduled)
             raise StepError(tuple(names)) from error
-        events = self.scheduler.commit(plan, outcomes)
+        events += self.scheduler.commit(plan, outcomes)
         if not self.has_work:
             self.check()
         return events
 
-    def _run(self, plan: Plan) -> list[Outcome]:
+    def _run(self, plan: Plan) -> tuple[list[Outcome], list[Event]]:
+        """The step's outcomes, and what trace plans captured in it."""
         while plan.copies:
             self.cache.copy_block(*plan.copies[0])
             del plan.copies[0]
         batch = ragged_batch(plan.scheduled, BLOCK_SIZE, self.model.device)
-        hidden = self.model.hidden(batch, self.cache)
-        draws = self._draw(plan, hidden[batch.logit_rows])
-        scores = self._score_prompts(plan, hidden)
-        return [Outcome(draw, score) for draw, score in zip(draws, scores)]
+        at = step_tap(plan.scheduled, batch, self.cache)
+        hidden = self.model.hidden(batch, self.cache, at)
+        draws = self._draw(plan, hidden[batch.logit_rows], at.rows(batch.logit_rows))
+        scores = self._score_prompts(plan, hidden, at)
+        look_at_logits(self.model, hidden, batch, at)
+        return [Outcome(draw, score) for draw, score in zip(draws, scores)], trace_events(plan.scheduled, at)
 
-    def _draw(self, plan: Plan, hidden: Tensor) -> list[tuple[tuple[TokenLogprob, ...], ...]]:
+    def _draw(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[tuple[TokenLogprob, ...], ...]]:
         """The next tokens of everyone who has come to the end of what is known. hidden: [logit rows, hidden]."""
         if len(hidden) == 0:
             return [()] * len(plan.scheduled)
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, at)
         places, rows = [], []
         first = 0
         for item in plan.scheduled:
@@ -132,7 +142,7 @@ class Engine:
                                   sequence.request.prompt_ids, counts, banned))
         return rows
 
-    def _score_prompts(self, plan: Plan, hidden: Tensor) -> list[tuple[TokenLogprob, ...]]:
+    def _score_prompts(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[TokenLogprob, ...]]:
         """Log probabilities of the prompts that want them, a few rows of logits at a time."""
         results, first = [], 0
         for item in plan.scheduled:
@@ -143,8 +153,9 @@ class Engine:
                 wanted = sequence.request.params.prompt_logprobs
                 for done in range(0, len(ids), SCORED_ROWS):
                     piece = ids[done:done + SCORED_ROWS]
-                    rows = hidden[first + done:first + done + len(piece)]
-                    scores += log_probabilities(self.model.logits(rows), piece, [wanted] * len(piece))
+                    rows = range(first + done, first + done + len(piece))
+                    scores += log_probabilities(self.model.logits(hidden[rows.start:rows.stop], at.rows(rows)), piece,
+                                                [wanted] * len(piece))
             results.append(tuple(scores))
             first += item.length
         return results

@@ -6,7 +6,9 @@ Free of torch, so that a server's front can speak it too.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
+
+from llama.model.plan import TracePlan
 
 MAX_STOP_STRINGS = 16
 MAX_SAMPLES = 16
@@ -124,12 +126,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. `salt` separates prefix caches that must not see each other."""
+    """One prompt to continue. `salt` separates prefix caches that must not see each other. `trace`: what to capture and
+    to change on the way."""
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     salt: str = ""
+    trace: TracePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,21 @@ class PromptEvent:
     num_cached: int = 0
 
 
-Event = TokenEvent | PromptEvent
+@dataclass(frozen=True)
+class TraceEvent:
+    """What one capture of a request's plan brought in one step, before the tokens that the step brought.
+
+    site: as `llama.model.selectors.Place.label` writes it. values: [positions, ...], a float32 numpy array. A position
+    may come again, after a wrong guess or a preemption; what comes last is what counts.
+    """
+
+    request_id: str
+    site: str
+    positions: tuple[int, ...]
+    values: Any
+
+
+Event = TokenEvent | PromptEvent | TraceEvent
 
 
 def _is_number(value: object) -> bool:

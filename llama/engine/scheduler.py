@@ -16,6 +16,7 @@ from llama.engine.propose import Proposer
 from llama.engine.request import (Event, PromptEvent, QueueFullError, Request, RequestError, TokenEvent,
                                   TokenLogprob)
 from llama.engine.sequence import Sequence
+from llama.model.plan import BoundPlan
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ class Scheduler:
 
     # ---- requests come and go -------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if it can never run, QueueFullError if too much waits."""
+    def add(self, request: Request, plan: BoundPlan | None = None) -> None:
+        """Queue a request, with its trace plan if it has one. Raises RequestError if it can never run, QueueFullError
+        if too much waits."""
         self._refuse_impossible(request)
         queued_tokens = sum(len(sequence.ids) for sequence in self.waiting)
         if len(self.waiting) >= self.limits.max_queued_requests:
@@ -110,7 +112,8 @@ class Scheduler:
             raise QueueFullError(f"prompts of {queued_tokens} tokens wait already; try again later")
         params = request.params
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
-        self.waiting.append(Sequence(request, seed, root_digest(request.salt), forks=tuple(range(1, params.n))))
+        root = root_digest(request.salt, "" if plan is None else plan.digest)
+        self.waiting.append(Sequence(request, seed, root, forks=tuple(range(1, params.n)), plan=plan))
 
     def _refuse_impossible(self, request: Request) -> None:
         num_prompt, params, limits = len(request.prompt_ids), request.params, self.limits
@@ -198,7 +201,7 @@ class Scheduler:
         for place, item in enumerate(plan.scheduled):
             sequence = item.sequence
             room = (len(sequence.table) + self.pool.num_available) * block_size - item.start - item.length
-            most = min(budget, room, self._max_ids(sequence) - len(sequence.ids) - 1)
+            most = min(budget, room, self.max_ids(sequence.request) - len(sequence.ids) - 1)
             if sequence.is_decoding and most > 0:
                 draft = self.proposer.propose(sequence, most)
                 plan.scheduled[place] = Scheduled(sequence, item.start, item.length + len(draft), draft)
@@ -213,6 +216,7 @@ class Scheduler:
         shared: list[int] = []
         if self.prefix_sharing and not sequence.wants_prompt_scores:
             num_full = (len(sequence.ids) - 1) // block_size  # at least one token is computed, for its logits
+            num_full = min(num_full, sequence.first_looked_at // block_size)
             shared = self.pool.match(sequence.digest(block, block_size) for block in range(num_full))
         needed = -(-len(sequence.ids) // block_size) - len(shared) + self.pool.num_kept(shared)
         owed = sum(max(-(-len(other.ids) // block_size) - len(other.table), 1) for other in self.running)
@@ -334,15 +338,15 @@ class Scheduler:
                 return "stop", token_id
             if token_id in self.eos_token_ids and not params.ignore_eos:
                 return "stop", None
-        if len(sequence.ids) >= self._max_ids(sequence):
+        if len(sequence.ids) >= self.max_ids(sequence.request):
             return "length", None
         return None, None
 
-    def _max_ids(self, sequence: Sequence) -> int:
-        """How long a sequence may become, prompt included."""
+    def max_ids(self, request: Request) -> int:
+        """How long a request's sequences may become, prompt included."""
         most = min(self.limits.max_context, self.pool.num_blocks * self.pool.block_size)
-        max_tokens = sequence.request.params.max_tokens
-        return most if max_tokens is None else min(most, sequence.num_prompt + max_tokens)
+        max_tokens = request.params.max_tokens
+        return most if max_tokens is None else min(most, len(request.prompt_ids) + max_tokens)
 
     def check(self) -> None:
         """Raise AssertionError unless sequences and pool agree."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from llama.engine.blocks import block_digest
 from llama.engine.request import Request
+from llama.model.plan import BoundPlan
 
 
 @dataclass(eq=False)
@@ -17,7 +18,7 @@ class Sequence:
     prompt whose log probabilities were reported. forks: samples that split off when the prompt is computed.
     seed: with index and position, it fixes every draw. digests: the chain of full blocks' names, grown on demand
     from the request's root. counts: how often each id was generated. draft_success: recent share of guesses
-    that came true.
+    that came true. plan: the request's, for this model.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
     draft_success: float = 1.0
+    plan: BoundPlan | None = None
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -67,6 +69,13 @@ class Sequence:
     def wants_prompt_scores(self) -> bool:
         """Whether log probabilities of the prompt are still to be reported, so that all of it must be computed."""
         return self.request.params.prompt_logprobs is not None and self.num_prompt_scored < self.num_prompt
+
+    @property
+    def first_looked_at(self) -> int:
+        """The first position that must be computed, even if the pool has it, because the plan captures something there;
+        the end, if there is none."""
+        captured = None if self.plan is None else self.plan.first_captured
+        return len(self.ids) if captured is None else captured
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""

@@ -5,7 +5,8 @@
     x = x + feed_forward(norm(x))        /
     logits = head(norm(x))
 
-Letters as everywhere in this project: `tokens` is the ragged axis of `RaggedBatch`; weights are [out, in].
+Letters as everywhere in this project: `tokens` is the ragged axis of `RaggedBatch`; weights are [out, in]. `at(name, x)`
+is x: the places that have a name (`llama.model.sites`), where a plan may look at what flows, or change it.
 """
 
 import torch
@@ -18,21 +19,24 @@ from llama.model.cache import KVCache
 from llama.model.linear import Linear
 from llama.model.ragged import RaggedBatch
 from llama.model.rope import inverse_frequencies, rotate, rotation
+from llama.model.tap import UNTOUCHED, Tap
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps), in float32, then times a weight in the model's dtype (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str, site: str = "norm"):
         super().__init__()
         self.eps = eps
+        self.site = site
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)  # [tokens, 1]
-        return self.weight * (wide * scale).to(x.dtype)
+        scale = at(self.site + ".scale", scale)
+        return at(self.site, self.weight * (wide * scale).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -47,16 +51,17 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, sum(self.sizes), dtype, device)
         self.out = Linear(config.q_size, config.hidden_size, dtype, device)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch,
-                cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None,
+                at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]; keys and values of these tokens enter the cache."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
-                   for part in self.qkv(x).split(self.sizes, dim=-1))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = (at(site, part.unflatten(-1, (-1, self.head_dim)))  # [tokens, heads, head_dim]
+                   for site, part in zip(("attn.q", "attn.k", "attn.v"), self.qkv(x).split(self.sizes, dim=-1)))
+        q, k = at("attn.q_rot", rotate(q, *rotary)), at("attn.k_rot", rotate(k, *rotary))
         if cache is not None:
             cache.write(self.layer, batch.slots, k, v)
         heads = ragged_attention(q, k, v, batch, cache, self.layer, self.deterministic)
-        return self.out(heads.flatten(1))  # from [tokens, num_heads, head_dim]
+        heads = at("attn.heads", heads, q, k, v)  # [tokens, num_heads, head_dim]
+        return at("attn_out", self.out(heads.flatten(1)), heads, self.out)
 
 
 class FeedForward(nn.Module):
@@ -67,10 +72,11 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, device)
         self.down = Linear(config.intermediate_size, config.hidden_size, dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [tokens, intermediate]
-        return self.down(F.silu(gate) * up)
+        gate, up = at("mlp.gate", gate), at("mlp.up", up)
+        return at("mlp_out", self.down(at("mlp.act", F.silu(gate) * up)))
 
 
 class Block(nn.Module):
@@ -78,16 +84,17 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, "attn_norm")
         self.attention = Attention(config, layer, dtype, device)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, "mlp_norm")
         self.feed_forward = FeedForward(config, dtype, device)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch,
-                cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None,
+                at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
-        x = x + self.attention(self.attention_norm(x), rotary, batch, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = at("resid_pre", x)
+        x = at("resid_mid", x + self.attention(self.attention_norm(x, at), rotary, batch, cache, at))
+        return at("resid_post", x + self.feed_forward(self.feed_forward_norm(x, at), at))
 
 
 class Llama(nn.Module):
@@ -104,7 +111,7 @@ class Llama(nn.Module):
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.embed = nn.Embedding.from_pretrained(embedding, freeze=True)
         self.blocks = nn.ModuleList(Block(config, layer, dtype, device) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, "final_norm")
         self.head = Linear(config.hidden_size, config.vocab_size, dtype,
                            "meta" if config.tie_word_embeddings else device)
         if config.tie_word_embeddings:
@@ -129,19 +136,21 @@ class Llama(nn.Module):
             if isinstance(module, Linear | Attention):
                 module.deterministic = deterministic
 
-    def forward(self, batch: RaggedBatch, cache: KVCache | None = None) -> Tensor:
+    def forward(self, batch: RaggedBatch, cache: KVCache | None = None, at: Tap = UNTOUCHED) -> Tensor:
         """Next-token logits [rows, vocab], float32, of the rows that `batch.logit_rows` asks for."""
-        hidden = self.hidden(batch, cache)
-        return self.logits(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
+        hidden = self.hidden(batch, cache, at)
+        if batch.logit_rows is None:
+            return self.logits(hidden, at)
+        return self.logits(hidden[batch.logit_rows], at.rows(batch.logit_rows))
 
-    def hidden(self, batch: RaggedBatch, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, batch: RaggedBatch, cache: KVCache | None = None, at: Tap = UNTOUCHED) -> Tensor:
         """The residual stream after the last block: [tokens, hidden]."""
         rotary = rotation(batch.positions, self.frequencies)
-        x = self.embed(batch.ids)  # [tokens, hidden]
-        for block in self.blocks:
-            x = block(x, rotary, batch, cache)
+        x = at("embed", self.embed(batch.ids))  # [tokens, hidden]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, batch, cache, at.layer(layer))
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """The final norm and the head: [rows, hidden] -> [rows, vocab], float32."""
-        return self.head(self.norm(hidden)).float()
+        return at("logits", self.head(self.norm(hidden, at)).float())

@@ -78,9 +78,9 @@ def test_scoring_a_prompt_holds_few_rows_of_logits(model, monkeypatch):
     held, most, total = [], 0, 0
     compute = model.logits
 
-    def counted(hidden):
+    def counted(hidden, at):
         nonlocal most, total
-        logits = compute(hidden)
+        logits = compute(hidden, at)
         held.append(weakref.ref(logits))
         rows = [len(one()) for one in held if one() is not None]
         most, total = max(most, sum(rows)), total + len(logits)
@@ -97,7 +97,7 @@ def test_scoring_a_prompt_holds_few_rows_of_logits(model, monkeypatch):
 def test_logits_are_computed_where_they_are_asked_for_alone(model, monkeypatch):
     rows = []
     compute = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: rows.append(len(hidden)) or compute(hidden))
+    monkeypatch.setattr(model, "logits", lambda hidden, at: rows.append(len(hidden)) or compute(hidden, at))
     one = request("r", random_ids(100), n=3, max_tokens=2, ignore_eos=True, logprobs=0)
     run(engine_of(model, Limits(512, step_tokens=40), 40), [one])
     assert rows == [1, 3]

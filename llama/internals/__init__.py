@@ -1,0 +1,1 @@
+"""What happens inside: captured, changed, explained, and drawn."""

@@ -1,0 +1,153 @@
+"""The tap that carries out plans: for each sequence of a step that has one, at its own tokens and no others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.model.cache import KVCache
+from llama.model.pattern import attention_scores, check_pattern, mix
+from llama.model.plan import BoundEdit, BoundPlan
+from llama.model.positions import Where
+from llama.model.ragged import RaggedBatch, Segment
+from llama.model.tap import UNTOUCHED, Tap
+
+
+class Captured(NamedTuple):
+    """What one capture brought in one step: [positions, ...], a copy."""
+
+    label: str
+    positions: tuple[int, ...]
+    value: Tensor
+
+
+@dataclass
+class Part:
+    """One sequence's share of a step: its plan, its segment, and which of its tokens are where.
+
+    rows: of the values that the tap is given, for each of `positions`, both rising. captured: filled as they pass.
+    """
+
+    plan: BoundPlan
+    segment: Segment
+    rows: Sequence[int]
+    positions: Sequence[int]
+    captured: list[Captured] = field(default_factory=list)
+    _selected: dict[Where, tuple[Tensor, list[int]]] = field(default_factory=dict)
+
+    def select(self, where: Where, device: torch.device) -> tuple[Tensor, list[int]]:
+        """The rows [n], int64, and the positions that are meant, of those that are here."""
+        if where not in self._selected:
+            chosen = [(row, position) for row, position in zip(self.rows, self.positions) if position in where]
+            rows = torch.tensor([row for row, _ in chosen], dtype=torch.int64, device=device)
+            self._selected[where] = rows, [position for _, position in chosen]
+        return self._selected[where]
+
+    def among(self, rows: Sequence[int]) -> "Part":
+        """The same for values that exist for these rows only."""
+        here = {row: position for row, position in zip(self.rows, self.positions)}
+        kept = [(place, here[row]) for place, row in enumerate(rows) if row in here]
+        return Part(self.plan, self.segment, [place for place, _ in kept], [position for _, position in kept],
+                    self.captured)
+
+    def touch(self, name: str, value: Tensor) -> Tensor:
+        """The value with the edits that the plan has for this site; then what it captures there is copied."""
+        edits, captures = self.plan.at.get(name, ((), ()))
+        for one in edits:
+            rows, positions = self.select(one.where, value.device)
+            if positions:
+                value = _edited(value, one, rows, positions)
+        for one in captures:
+            rows, positions = self.select(one.where, value.device)
+            if positions:
+                self.captured.append(Captured(one.place.label, tuple(positions), value[(rows, *one.place.index)]))
+        return value
+
+    def needed(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, "Part"]:
+        """The rows that the plan looks at or edits at any of these sites, and the part for values of these alone."""
+        wheres = {one.where for name in names for group in self.plan.at.get(name, ()) for one in group}
+        rows = sorted({row for where in wheres for row in self.select(where, device)[0].tolist()})
+        return torch.tensor(rows, dtype=torch.int64, device=device), self.among(rows)
+
+    def edits(self, names: Sequence[str]) -> bool:
+        """Whether the plan changes anything at one of these sites."""
+        return any(self.plan.at.get(name, ((), ()))[0] for name in names)
+
+
+class PlanTap(Tap):
+    """A step's plans. parts: one for each sequence that has a plan. cache: what the model is run on, if anything."""
+
+    def __init__(self, parts: Sequence[Part], cache: KVCache | None, layer: int | None = None):
+        self.parts = parts
+        self._cache = cache
+        self._layer = layer
+        self._prefix = "" if layer is None else f"layers.{layer}."
+
+    def layer(self, layer: int) -> Tap:
+        """The tap for the sites of one layer; one that does nothing, where there is nothing to do."""
+        parts = [part for part in self.parts if layer in part.plan.layers]
+        return PlanTap(parts, self._cache, layer) if parts else UNTOUCHED
+
+    def rows(self, rows: Tensor | range) -> Tap:
+        """The tap for values that exist for these tokens of the step only."""
+        chosen = rows if isinstance(rows, range) else rows.tolist()
+        return PlanTap([part.among(chosen) for part in self.parts], self._cache)
+
+    def __call__(self, site: str, value: Tensor, *made_from: Any) -> Tensor:
+        """What each plan makes of the value; what is recomputed at this place comes before it."""
+        for part in self.parts:
+            if site == "attn.heads":
+                value = self._attention(part, value, *made_from)
+            elif site == "attn_out":
+                value = self._head_out(part, value, *made_from)
+            value = part.touch(self._prefix + site, value)
+        return value
+
+    def _attention(self, part: Part, heads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Scores and pattern of the rows asked for. If one is edited, what these heads put out follows from it."""
+        names = self._prefix + "attn.scores", self._prefix + "attn.pattern"
+        rows, here = part.needed(names, heads.device)
+        if len(rows) == 0:
+            return heads
+        keys, values = self._context(part, k, v)
+        positions = torch.tensor(here.positions, device=heads.device)
+        scores = attention_scores(q[rows], keys, positions)  # [rows, num_heads, context]
+        check_pattern(scores.softmax(dim=-1), values, heads[rows], names[1])
+        scores = here.touch(names[0], scores)
+        pattern = here.touch(names[1], scores.softmax(dim=-1))
+        return heads.index_copy(0, rows, mix(pattern, values).to(heads.dtype)) if part.edits(names) else heads
+
+    def _head_out(self, part: Part, attn_out: Tensor, heads: Tensor, project: Any) -> Tensor:
+        """What each head alone adds. If that is edited, the rows of attn_out are the sum of their heads."""
+        names = [self._prefix + "attn.head_out"]
+        rows, here = part.needed(names, heads.device)
+        if len(rows) == 0:
+            return attn_out
+        num_heads = heads.shape[1]
+        alone = heads[rows, None] * torch.eye(num_heads, dtype=heads.dtype, device=heads.device)[..., None]
+        outs = project(alone.flatten(0, 1).flatten(1)).unflatten(0, (-1, num_heads))  # [rows, num_heads, hidden]
+        outs = here.touch(names[0], outs)
+        return attn_out.index_copy(0, rows, outs.sum(dim=1)) if part.edits(names) else attn_out
+
+    def _context(self, part: Part, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values that the sequence has by now: two of [context, num_kv_heads, head_dim]."""
+        if self._cache is None:
+            rows = slice(part.rows[0], part.rows[-1] + 1)
+            return k[rows], v[rows]
+        read = [self._cache.read(self._layer, run) for run in part.segment.runs]
+        return torch.cat([keys for keys, _ in read]), torch.cat([values for _, values in read])
+
+
+def _edited(value: Tensor, one: BoundEdit, rows: Tensor, positions: Sequence[int]) -> Tensor:
+    """A copy in which one edit is made, computed in float32."""
+    index = (rows, *one.place.index)
+    vector = getattr(one.edit, "vector", None)
+    if vector is not None:
+        vector = torch.as_tensor(vector, device=value.device)
+        if vector.dim() == value[index].dim() and vector.dim() > 0:  # a row for each of the positions named
+            vector = vector[[one.where.exact.index(position) for position in positions]]
+    value = value.clone()
+    value[index] = one.edit.apply(value[index].float(), vector).to(value.dtype)
+    return value
