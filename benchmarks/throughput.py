@@ -21,6 +21,7 @@ from llama.engine.propose import PromptLookup
 from llama.engine.request import Event, Request, SamplingParams, TokenEvent
 from llama.engine.scheduler import Limits
 from llama.checkpoint.load import load_model
+from llama.model.formats import QUANTISED
 from llama.model.transformer import Llama
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0, ignore_eos=True)
@@ -31,6 +32,7 @@ def main() -> None:
     """Run the chosen sections and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory; random weights will do")
+    parser.add_argument("--quantize", choices=QUANTISED, help="round the weights")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement")
     parser.add_argument("--no-peers", action="store_true", help="this runtime alone")
@@ -38,10 +40,10 @@ def main() -> None:
     args = parser.parse_args()
     machine = hardware()
     bandwidth = read_bandwidth()
-    model = load_model(args.model)
-    weight_bytes = model.config.num_weight_bytes(str(model.dtype).removeprefix("torch."))
-    if not model.config.tie_word_embeddings:  # a decode looks up one row of the embedding
-        weight_bytes -= model.embed.weight.nbytes
+    model = load_model(args.model, weights=args.quantize or "fastest")
+    weight_bytes = model.num_bytes
+    if model.embed is not model.head:  # a decode looks up one row of the embedding
+        weight_bytes -= model.embed.num_bytes
     print(f"{machine}\nread bandwidth {bandwidth / 1e9:.1f} GB/s; a step reads {weight_bytes / 1e9:.2f} GB of weights: "
           f"at most {bandwidth / weight_bytes:.1f} steps/s")
     results: dict[str, Any] = {"machine": machine, "bandwidth": bandwidth, "weight_bytes": weight_bytes}

@@ -12,6 +12,10 @@ from typing import Any
 from llama.strict_json import ConfigError, read_flag, read_json_object, read_number, read_token_ids
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bits of one weight in the quantised formats (`llama.model.formats`), scales included; rows of int8 have 32 more each.
+QUANTISED_BITS = {"int8": 8, "int4": 5}
+# What `quantization_config` in a config.json of this project's own making says.
+_QUANT_METHOD = "llama-runtime"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class RopeScaling:
 class LlamaConfig:
     """The shape of one model and the token ids it begins and ends with.
 
+    dtype: of the checkpoint's tensors; quantization: the format ("int8", "int4") that its matrices were rounded to, if any.
     Sizes are counts of elements, `head_dim` that of one attention head. Query head h reads the keys and values
     of head h // group_size (grouped-query attention, arXiv:2305.13245).
     """
@@ -47,6 +52,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
@@ -89,9 +95,15 @@ class LlamaConfig:
         norms = self.hidden_size * (2 * self.num_layers + 1)
         return self.num_layers * (attention + feed_forward) + embeddings + norms
 
-    def num_weight_bytes(self, dtype: str | None = None) -> int:
-        """Bytes of all weights in `dtype` (by default the checkpoint's own)."""
-        return self.num_parameters * DTYPE_BYTES[dtype or self.dtype]
+    def num_weight_bytes(self, dtype: str | None = None, quantize: str | None = None) -> int:
+        """Bytes of all weights in `dtype` (by default the checkpoint's own), or quantised: then embedding and head have
+        8 bits, and norms stay as they are."""
+        if quantize is None:
+            return self.num_parameters * DTYPE_BYTES[dtype or self.dtype]
+        norms = self.hidden_size * (2 * self.num_layers + 1)
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        layers = self.num_parameters - norms - ends
+        return layers * QUANTISED_BITS[quantize] // 8 + ends + norms * DTYPE_BYTES[dtype or self.dtype]
 
     def context_length(self, wanted: int | None = None) -> int:
         """Positions of prompt and reply together; None: all that the model was made for. Raises ConfigError."""
@@ -150,6 +162,7 @@ class LlamaConfig:
             bos_token_id=read_number(raw, "bos_token_id", int, None),
             eos_token_ids=read_token_ids(raw, "eos_token_id"),
             dtype=_read_dtype(raw),
+            quantization=_read_quantization(raw),
         )
 
     @classmethod
@@ -220,7 +233,8 @@ class LlamaConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
             "vocab_size": self.vocab_size,
-        }
+        } | ({} if self.quantization is None else
+             {"quantization_config": {"quant_method": _QUANT_METHOD, "format": self.quantization}})
 
 
 # What these settings may be; any other value changes the computation in a way that is not written here.
@@ -231,7 +245,6 @@ _SUPPORTED = {
     "mlp_bias": (False,),
     "attention_dropout": (0, None),
     "pretraining_tp": (1,),
-    "quantization_config": (None,),
     "sliding_window": (None,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -243,6 +256,7 @@ _KNOWN = {
     "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "dtype", "torch_dtype", "vocab_size",
     "initializer_range", "transformers_version", "use_cache", "_name_or_path", "id2label", "label2id",
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type",
+    "quantization_config",
 }
 
 
@@ -302,3 +316,15 @@ def _read_dtype(raw: dict[str, Any]) -> str:
     if not isinstance(name, str) or name not in DTYPE_BYTES:
         raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
     return name
+
+
+def _read_quantization(raw: dict[str, Any]) -> str | None:
+    """The format of a checkpoint that `llama quantize` wrote. Others' ways of rounding weights are not read."""
+    settings = raw.get("quantization_config")
+    if settings is None:
+        return None
+    if not isinstance(settings, dict) or settings.keys() != {"quant_method", "format"} \
+            or settings["quant_method"] != _QUANT_METHOD or settings["format"] not in QUANTISED_BITS:
+        raise ConfigError(f"quantization_config {settings!r} is not supported; get the checkpoint as it was trained, and "
+                          f"round it here: llama quantize, or --quantize {' or '.join(QUANTISED_BITS)}")
+    return settings["format"]

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from llama.config import DTYPE_BYTES
+from llama.config import DTYPE_BYTES, QUANTISED_BITS
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4,
           "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
@@ -16,6 +16,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
                        help="directory of a checkpoint, or hub id; by default the demo model")
     group.add_argument("--dtype", choices=tuple(DTYPE_BYTES),
                        help="dtype of weights and KV cache; by default the checkpoint's own")
+    group.add_argument("--quantize", choices=tuple(QUANTISED_BITS),
+                       help="round the weights to 8 or 4 bits while they are read: less memory, more speed, some loss")
     group.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda or cuda:N")
     group.add_argument("--threads", type=count, metavar="N",
                        help="CPU threads; by default as many as torch chooses")

@@ -56,13 +56,14 @@ class Llama:
 
     @classmethod
     def load(cls, name: str | Path | None = None, *, dtype: str | None = None, device: str = "cpu",
-             max_context: int | None = None, kv_cache_bytes: int | None = None, prompt_lookup: bool = False,
-             draft: str | Path | None = None, deterministic: bool = False, limits: Mapping[str, int] | None = None,
-             progress: bool | None = None) -> "Llama":
+             quantize: str | None = None, max_context: int | None = None, kv_cache_bytes: int | None = None,
+             prompt_lookup: bool = False, draft: str | Path | None = None, deterministic: bool = False,
+             limits: Mapping[str, int] | None = None, progress: bool | None = None) -> "Llama":
         """Load a checkpoint: a directory, or a hub id such as meta-llama/Llama-3.1-8B-Instruct; None: the demo.
 
-        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. max_context: positions at most;
-        by default what the model was made for. kv_cache_bytes: memory for keys and values; by default as much as
+        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. quantize: "int8" or "int4"
+        rounds the weights while they are read (`llama.model.formats`). max_context: positions at most; by default what
+        the model was made for. kv_cache_bytes: memory for keys and values; by default as much as
         the requests that may run together can use, but at most half of what is free. prompt_lookup: guess repeated
         text ahead (`llama.engine.propose`). draft: a smaller checkpoint with the same tokenizer that guesses instead
         (`llama.engine.draft`). deterministic: the same bits for a request whatever it shares the engine with, at
@@ -75,7 +76,7 @@ class Llama:
         tokenizer = Tokenizer.from_directory(directory)
         template = ChatTemplate.from_directory(directory)
         defaults, eos_token_ids = read_generation_config(directory)
-        model = load_model(directory, dtype=dtype, device=device, progress=progress)
+        model = load_model(directory, dtype=dtype, device=device, weights=quantize or "fastest", progress=progress)
         model.set_deterministic(deterministic)
         config = model.config
         if tokenizer.vocab_size > config.vocab_size:
@@ -247,7 +248,7 @@ def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_
             [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]:
         raise ConfigError(f"{directory}: the draft model's tokenizer is not the model's; give one of the same family")
     dtype = str(model.dtype).removeprefix("torch.")
-    draft = load_model(directory, dtype=dtype, device=model.device, progress=progress)
+    draft = load_model(directory, dtype=dtype, device=model.device, weights="fastest", progress=progress)
     return DraftModel(draft, num_blocks, BLOCK_SIZE)
 
 

@@ -118,7 +118,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if not is_local(args.host) and not keys and not args.allow_anonymous:
         raise ServeError(f"{args.host} can be reached from elsewhere, and there is no API key; give --api-key, "
                          "--api-key-file or --allow-anonymous")
-    options = {"dtype": args.dtype, "device": args.device, "max_context": args.context,
+    options = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "max_context": args.context,
                "kv_cache_bytes": args.kv_cache, "prompt_lookup": args.prompt_lookup, "draft": args.draft,
                "deterministic": args.deterministic, "progress": False}
     if args.max_running is not None:

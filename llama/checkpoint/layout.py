@@ -6,9 +6,9 @@ the order of Hugging Face's files, so that shards that are cut by size are cut a
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted
+from llama.checkpoint.safetensors import FLOATS, CheckpointError, StoredTensor, quoted
 from llama.config import LlamaConfig
 
 # Rotary frequencies, which exports from before 2023 stored. They follow from the configuration, and the model
@@ -18,31 +18,42 @@ _OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fre
 
 @dataclass(frozen=True)
 class Place:
-    """One published tensor's rows in a parameter of `llama.model.transformer.Llama`.
+    """One published tensor's rows in a module of `llama.model.transformer.Llama`.
 
-    parameter: its name among `named_parameters()`. The tensor, of `shape`, is its rows from `first_row` on.
-    settings: what in the configuration each length in `shape` comes from.
+    module: its name among `named_modules()`. attribute: which of its tensors: "weight", or "blocks" and "scale" of one
+    that is stored quantised. The tensor, of `shape`, is its rows from `first_row` on (of blocks, the row of the matrix).
+    settings: what in the configuration each length in `shape` comes from. dtype: safetensors' name of the only dtype
+    that will do; None for any float.
     """
 
-    parameter: str
+    module: str
     first_row: int
     shape: tuple[int, ...]
     settings: tuple[str, ...]
+    attribute: str = "weight"
+    dtype: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The tensor's name in the model."""
+        return f"{self.module}.{self.attribute}"
 
 
 def places(config: LlamaConfig) -> dict[str, Place]:
     """Every tensor that a checkpoint of this configuration holds, by its published name.
 
-    A tied head has none of its own.
+    A tied head has none of its own. Of a quantised checkpoint (config.quantization), the matrices that can lie in blocks
+    (`llama.model.formats`) are stored as such, [rows / 16, block bytes], with their scales, if they have any, beside
+    them.
     """
-    return dict(_each_place(config))
+    return dict(_each_stored(config))
 
 
 def match(config: LlamaConfig, stored: Mapping[str, StoredTensor]) -> dict[str, Place]:
     """`places`, once the stored tensors are known to be just these. Raises CheckpointError."""
     found: dict[str, Place] = {}
     # One by one, up to the first that is missing: a million layers in the configuration cost nothing.
-    for name, place in _each_place(config):
+    for name, place in _each_stored(config):
         if name not in stored:
             raise CheckpointError(f"tensor {quoted(name)} is in none of the files {_some_paths(stored)}; "
                                   f"{_why_expected(config, name)}, so the checkpoint is incomplete or the "
@@ -57,6 +68,29 @@ def match(config: LlamaConfig, stored: Mapping[str, StoredTensor]) -> dict[str, 
                                   "configuration is not this checkpoint's own, or this is another kind of "
                                   "model")
     return found
+
+
+def _each_stored(config: LlamaConfig) -> Iterator[tuple[str, Place]]:
+    """Published names and their places, as the checkpoint stores them."""
+    for name, place in _each_place(config):
+        if config.quantization is None:
+            yield name, place
+        else:
+            yield from _quantised(name, place, config.quantization)
+
+
+def _quantised(name: str, place: Place, quantization: str) -> Iterator[tuple[str, Place]]:
+    from llama.model.formats import BLOCK_ROWS, FORMATS, fits  # brings torch, which the others do without
+
+    if len(place.shape) == 1 or not fits(*place.shape):
+        yield name, place
+        return
+    rows, columns = place.shape
+    fmt = FORMATS["int8" if place.module in ("embed", "head") else quantization]
+    shape, why = (rows // BLOCK_ROWS, fmt.block_bytes(columns)), tuple(f"blocks of {each}" for each in place.settings)
+    yield name, replace(place, shape=shape, settings=why, attribute="blocks", dtype="U8")
+    if fmt.has_scale:
+        yield f"{name}_scale", replace(place, shape=(rows,), settings=place.settings[:1], attribute="scale", dtype="F32")
 
 
 def _each_place(config: LlamaConfig) -> Iterator[tuple[str, Place]]:
@@ -78,21 +112,26 @@ def _each_place(config: LlamaConfig) -> Iterator[tuple[str, Place]]:
     )
     yield _place("model.embed_tokens", "embed", 0, vocab, hidden)
     for layer in range(config.num_layers):
-        for published, parameter, first_row, *axes in layer_tensors:
-            yield _place(f"model.layers.{layer}.{published}", f"blocks.{layer}.{parameter}", first_row, *axes)
+        for published, module, first_row, *axes in layer_tensors:
+            yield _place(f"model.layers.{layer}.{published}", f"blocks.{layer}.{module}", first_row, *axes)
     yield _place("model.norm", "norm", 0, hidden)
     if not config.tie_word_embeddings:
         yield _place("lm_head", "head", 0, vocab, hidden)
 
 
-def _place(published: str, parameter: str, first_row: int, *axes: tuple[int, str]) -> tuple[str, Place]:
+def _place(published: str, module: str, first_row: int, *axes: tuple[int, str]) -> tuple[str, Place]:
     """A published name and its place; an axis is its length and the setting that gives it."""
     shape, settings = zip(*axes)
-    return f"{published}.weight", Place(f"{parameter}.weight", first_row, shape, settings)
+    return f"{published}.weight", Place(module, first_row, shape, settings)
 
 
 def _check_shape(tensor: StoredTensor, place: Place) -> None:
-    """Raises CheckpointError with both shapes and the settings in which they differ."""
+    """Raises CheckpointError with both shapes and the settings in which they differ, or with both dtypes."""
+    is_float = tensor.dtype in FLOATS
+    if place.dtype != tensor.dtype and not (place.dtype is None and is_float):
+        raise CheckpointError(f"{tensor.path}: tensor {quoted(tensor.name)} has dtype {tensor.dtype}, and the "
+                              f"configuration asks for {place.dtype or ', '.join(FLOATS)}; use the configuration that "
+                              "belongs to these weights")
     if tensor.shape == place.shape:
         return
     where = f"{tensor.path}: tensor {quoted(tensor.name)} has shape {quoted(list(tensor.shape))}"

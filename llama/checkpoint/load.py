@@ -1,29 +1,34 @@
 """From a checkpoint's directory to a model: everything checked first, then one pass over the files.
 
-Tensors are read straight into their rows of the joined weights, or through a small buffer where the dtype or
-the device differs. Nothing is memory-mapped: mapped pages would count as the process's memory next to the
+Tensors are read straight into their rows of the joined weights, or through a small buffer where the dtype, the
+device or the format differs: so weights are packed and quantised while they are read. Nothing is memory-mapped: mapped pages would count as the process's memory next to the
 weights, and a file that is cut short meanwhile would be a bus error. No pickle is ever opened.
 """
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.checkpoint.layout import Place, match
-from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, read_stored
+from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, read_stored, tensor_bytes
 from llama.config import DTYPE_BYTES, LlamaConfig
+from llama.model.formats import BLOCK_ROWS, QUANTISED
+from llama.model.kernels import native
+from llama.model.linear import PackedLinear
 from llama.model.transformer import Llama
 from llama.progress import ProgressBar, describe_bytes
 from llama.strict_json import ConfigError
 
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 # What is read at a time. Small enough to convert within the processor's cache, and to be nothing beside the
 # weights; large enough that neither the system call nor Python counts.
 _PIECE_BYTES = 8 << 20
@@ -31,20 +36,31 @@ _PIECE_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class _Piece:
-    """Consecutive rows of a stored tensor, from byte `offset` of its file, and the rows that they become."""
+    """Consecutive rows of a stored tensor, from byte `offset` of its file.
+
+    target: the rows that they become; or, where those are packed, store: what takes [rows, columns].
+    """
 
     stored: StoredTensor
     offset: int
-    num_bytes: int
-    target: Tensor
+    shape: tuple[int, ...]
+    target: Tensor | None
+    store: Callable[[Tensor], Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """What is read."""
+        return tensor_bytes(self.stored.dtype, self.shape)
 
 
 def load_model(directory: str | Path, *, dtype: str | None = None, device: torch.device | str = "cpu",
-               progress: bool | None = None) -> Llama:
+               weights: str | None = None, progress: bool | None = None) -> Llama:
     """Read the checkpoint in `directory` (Hugging Face's layout, safetensors) into a new model.
 
     dtype: "float32", "bfloat16" or "float16", to which the tensors are rounded; None is the one that the
-    configuration names. progress: whether to draw a bar on stderr; None does so if that is a terminal.
+    configuration names. weights: the format of `llama.model.formats` that the matrices take; "fastest": that in which
+    they are multiplied fastest on this machine without being rounded further; None leaves them as they are. What is
+    stored quantised stays so. progress: whether to draw a bar on stderr; None does so if that is a terminal.
     Takes hardly more memory than the weights have in `dtype`. Raises CheckpointError, before anything is
     allocated unless a file cannot be read or shrinks meanwhile.
     """
@@ -63,19 +79,42 @@ def load_model(directory: str | Path, *, dtype: str | None = None, device: torch
     name = config.dtype if dtype is None else dtype
     if name not in DTYPE_BYTES:
         raise CheckpointError(f"dtype {quoted(name)} is not supported; use one of {', '.join(DTYPE_BYTES)}")
-    model = Llama(config, getattr(torch, name), device)
+    if weights == "fastest":
+        weights = _fastest_weights(name, device)
+    _check_weights(directory, config, weights, name, device)
+    if weights in QUANTISED:
+        config = dataclasses.replace(config, quantization=weights)
+    model = Llama(config, getattr(torch, name), device, config.quantization or weights)
     _fill(model, stored, placed, progress)
     return model
 
 
+def _fastest_weights(dtype: str, device: torch.device | str) -> str | None:
+    packs = dtype == "bfloat16" and torch.device(device).type == "cpu" and native.library() is not None
+    return "bf16" if packs else None
+
+
+def _check_weights(directory: Path, config: LlamaConfig, weights: str | None, dtype: str, device: torch.device | str
+                   ) -> None:
+    """Refuse a format that is not the checkpoint's, or not for this dtype or device. Raises CheckpointError."""
+    has, wants = config.quantization, weights if weights in QUANTISED else None
+    if has is not None and wants not in (None, has):
+        raise CheckpointError(f"{directory} is quantised to {has} already; {wants} can be made only of the weights as "
+                              "they were trained")
+    chosen = has or weights
+    if chosen is not None and torch.device(device).type != "cpu":
+        raise CheckpointError(f"{chosen} weights are for the CPU; load them as they are on {device}")
+    if chosen is not None and dtype == "float16":
+        raise CheckpointError(f"{chosen} weights compute in bfloat16 or float32; give one of them as the dtype")
+
+
 def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str, Place],
           progress: bool | None) -> None:
-    """Read every placed tensor into its rows of the model's parameters."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Read every placed tensor into its rows of the model's weights."""
     # In the order of the files, which is the order in which disks are fast.
     order = sorted(placed, key=lambda name: (str(stored[name].path), stored[name].offset))
     pieces = [piece for name in order
-              for piece in _cut(stored[name], placed[name], parameters[placed[name].parameter])]
+              for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module))]
     num_readers = min(8, os.cpu_count() or 1)
     # Made once: buffers that come and go leave the allocator with many times their size.
     buffers: SimpleQueue[Tensor] = SimpleQueue()
@@ -88,28 +127,35 @@ def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str,
             bar.add(num_bytes)
 
 
-def _cut(stored: StoredTensor, place: Place, parameter: Tensor) -> Iterator[_Piece]:
-    """A tensor as pieces of whole rows."""
-    num_rows = place.shape[0]
+def _cut(stored: StoredTensor, place: Place, module: nn.Module) -> Iterator[_Piece]:
+    """A tensor as pieces of whole rows; of a matrix that is packed on the way, of whole blocks."""
+    num_rows, *columns = place.shape
     row_bytes = stored.num_bytes // num_rows
     step = max(1, _PIECE_BYTES // row_bytes)
-    rows = parameter[place.first_row : place.first_row + num_rows]
+    packs = isinstance(module, PackedLinear) and place.attribute == "weight"
+    if packs:
+        step = max(BLOCK_ROWS, step // BLOCK_ROWS * BLOCK_ROWS)
+    else:
+        own = getattr(module, place.attribute).detach()
+        first_row = place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)
     for first in range(0, num_rows, step):
-        target = rows[first : first + step]
-        yield _Piece(stored, stored.offset + first * row_bytes, len(target) * row_bytes, target)
+        shape = (min(step, num_rows - first), *columns)
+        target = None if packs else own[first_row + first:first_row + first + shape[0]]
+        store = partial(module.store, place.first_row + first) if packs else target.copy_
+        yield _Piece(stored, stored.offset + first * row_bytes, shape, target, store)
 
 
 def _read_piece(piece: _Piece, buffers: SimpleQueue[Tensor]) -> int:
     """Read one piece to where it belongs; returns its bytes. Safe in as many threads as there are buffers."""
-    dtype = _TORCH_DTYPES[piece.stored.dtype]
-    if piece.target.dtype == dtype and piece.target.device.type == "cpu":
-        _read_into(piece, piece.target.view(-1).view(torch.uint8))
+    dtype, target = _TORCH_DTYPES[piece.stored.dtype], piece.target
+    if target is not None and target.dtype == dtype and target.device.type == "cpu":
+        _read_into(piece, target.view(-1).view(torch.uint8))
         return piece.num_bytes
     buffer = buffers.get()
     try:
-        part = buffer[: piece.num_bytes]
+        part = buffer[:piece.num_bytes]
         _read_into(piece, part)
-        piece.target.copy_(part.view(dtype).view(piece.target.shape))
+        piece.store(part.view(dtype).view(piece.shape))
     finally:
         buffers.put(buffer)
     return piece.num_bytes

@@ -20,7 +20,8 @@ from typing import Any
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Safetensors' names of the dtypes that are read, and their bytes an element.
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+FLOATS = ("F32", "BF16", "F16")
 # The format's own limit, taken for the index too. 405B in one file would need a tenth of a megabyte.
 MAX_HEADER_BYTES = 100_000_000
 # A file of the directory itself, and no path that leads out of it.
@@ -124,11 +125,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def encode_header(dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """The first bytes of a file in which tensors of one dtype follow each other in the order of `shapes`."""
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The first bytes of a file in which these tensors, (dtype, shape) by name, follow each other in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on the format
     end = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in tensors.items():
         begin, end = end, end + tensor_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
@@ -234,8 +235,8 @@ def _read_entry(path: Path, name: str, entry: Any, first: int, file_bytes: int) 
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{where} has dtype {quoted(dtype)}, which is not read; only "
-                              f"{', '.join(DTYPE_BYTES)} are, so get the checkpoint in one of these, not "
-                              "quantised")
+                              f"{', '.join(FLOATS)} are, so get the checkpoint in one of these, not quantised by "
+                              "others")
     if not _are_counts(shape):
         raise CheckpointError(f"{where} has shape {quoted(shape)}, which is no list of sizes")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

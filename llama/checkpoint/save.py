@@ -18,6 +18,8 @@ from torch import Tensor
 from llama.checkpoint.layout import places
 from llama.checkpoint.safetensors import (INDEX_NAME, SINGLE_NAME, CheckpointError, encode_header,
                                           tensor_bytes)
+from llama.model.formats import BLOCK_ROWS
+from llama.model.linear import PackedLinear
 from llama.model.transformer import Llama
 
 # Safetensors' names of a configuration's dtypes.
@@ -29,42 +31,49 @@ _PIECE_BYTES = 64 << 20
 
 
 def save_model(model: Llama, directory: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write the model's weights, in their dtype, and its configuration.
+    """Write the model's weights, in their dtype and format, and its configuration.
 
     A checkpoint that already lies in `directory` in files of the same names is replaced. Raises
     CheckpointError.
     """
     config = dataclasses.replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     placed = places(config)
 
     def pieces(name: str) -> Iterator[Tensor]:
         place = placed[name]
-        rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-        return (piece.cpu() for piece in rows.split(max(1, _PIECE_BYTES // rows[0].nbytes)))
+        module = model.get_submodule(place.module)
+        if isinstance(module, PackedLinear) and place.attribute == "weight":
+            rows = torch.arange(place.first_row, place.first_row + place.shape[0])
+            return (module.rows(piece) for piece in rows.split(max(1, _PIECE_BYTES // (2 * place.shape[1]))))
+        first = place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)
+        own = getattr(module, place.attribute).detach()[first:first + place.shape[0]]
+        return (piece.cpu() for piece in own.split(max(1, _PIECE_BYTES // own[0].nbytes)))
 
     shapes = {name: place.shape for name, place in placed.items()}
-    write_checkpoint(directory, config.to_dict(), shapes, config.dtype, pieces,
+    dtypes = {name: place.dtype for name, place in placed.items() if place.dtype is not None}
+    write_checkpoint(directory, config.to_dict(), shapes, config.dtype, pieces, dtypes=dtypes,
                      max_shard_bytes=max_shard_bytes)
 
 
 def write_checkpoint(directory: str | Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
-                     dtype: str, pieces: Callable[[str], Iterable[Tensor]], *,
+                     dtype: str, pieces: Callable[[str], Iterable[Tensor]], *, dtypes: Mapping[str, str] = {},
                      max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write tensors of one dtype ("bfloat16", ...), in the order of `shapes`, and `config` as config.json.
 
-    pieces(name): the tensor, in consecutive CPU tensors of that dtype. Raises CheckpointError, after which
+    pieces(name): the tensor, in consecutive CPU tensors of that dtype. dtypes: safetensors' names of others' dtypes.
+    Raises CheckpointError, after which
     what was there before is still there.
     """
-    directory, stored_dtype = Path(directory), STORED_DTYPES[dtype]
-    sizes = {name: tensor_bytes(stored_dtype, shape) for name, shape in shapes.items()}
+    directory = Path(directory)
+    tensors = {name: (dtypes.get(name, STORED_DTYPES[dtype]), shape) for name, shape in shapes.items()}
+    sizes = {name: tensor_bytes(*tensor) for name, tensor in tensors.items()}
     shards = _name_shards(_plan_shards(sizes, max_shard_bytes))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _check_room(directory, shards, sum(sizes.values()))
         with _replacing(directory) as replace:
             for shard, names in shards.items():
-                header = encode_header(stored_dtype, {name: shapes[name] for name in names})
+                header = encode_header({name: tensors[name] for name in names})
                 _write(replace(shard), header, (piece for name in names for piece in pieces(name)))
             replace("config.json").write_text(_as_json(config))
             if len(shards) > 1:

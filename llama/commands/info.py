@@ -15,7 +15,7 @@ from llama.checkpoint.pull import resolve
 from llama.checkpoint.safetensors import CheckpointError, read_stored
 from llama.commands.loading import prepare_torch
 from llama.commands.report import as_text, loaded_as_text, size
-from llama.config import DTYPE_BYTES, LlamaConfig
+from llama.config import DTYPE_BYTES, QUANTISED_BITS, LlamaConfig
 from llama.engine.request import Request, SamplingParams
 from llama.machine import available_memory, peak_memory
 from llama.terminal import note
@@ -64,7 +64,8 @@ def describe(directory: Path, config: LlamaConfig, args: argparse.Namespace) -> 
     dtype = args.dtype or config.dtype
     free = _free_memory(args)
     kv_bytes = config.kv_bytes_per_token(dtype)
-    needed = config.num_weight_bytes(dtype) + OVERHEAD_BYTES
+    quantize = config.quantization or args.quantize
+    needed = config.num_weight_bytes(dtype, quantize) + OVERHEAD_BYTES
     contexts = sorted({length for length in _CONTEXTS if length < config.max_position_embeddings}
                       | {context, config.max_position_embeddings})
     left = max(free - needed, 0) // kv_bytes
@@ -73,7 +74,8 @@ def describe(directory: Path, config: LlamaConfig, args: argparse.Namespace) -> 
         "directory": str(directory.resolve()),
         "architecture": dataclasses.asdict(config),
         "parameters": config.num_parameters,
-        "weight_bytes": {name: config.num_weight_bytes(name) for name in DTYPE_BYTES},
+        "weight_bytes": {name: config.num_weight_bytes(name) for name in DTYPE_BYTES} | {
+            name: config.num_weight_bytes(dtype, name) for name in QUANTISED_BITS},
         "stored": None,
         "dtype": dtype,
         "kv_bytes_per_token": kv_bytes,
@@ -123,7 +125,7 @@ def load_and_generate(directory: Path, args: argparse.Namespace) -> dict[str, An
 
     before_bytes = peak_memory() if args.device == "cpu" else 0
     began = time.perf_counter()
-    model = load_model(directory, dtype=args.dtype, device=args.device)
+    model = load_model(directory, dtype=args.dtype, device=args.device, weights=args.quantize or "fastest")
     loaded = time.perf_counter()
     num_tokens = min(_NUM_TOKENS, model.config.max_position_embeddings - 1)
     engine = Engine(model, Limits(max_context=num_tokens + 1, max_running=1), num_tokens // BLOCK_SIZE + 1)
@@ -135,7 +137,7 @@ def load_and_generate(directory: Path, args: argparse.Namespace) -> dict[str, An
         engine.step()
         arrivals.append(time.perf_counter())
     peak = peak_memory() if args.device == "cpu" else torch.cuda.max_memory_allocated(args.device)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = model.num_bytes
     return {"seconds": loaded - began, "weight_bytes": weights, "before_bytes": before_bytes,
             "peak_bytes": peak, "peak_ratio": peak / weights, "bound": PEAK_BOUND,
             "within_bound": peak <= PEAK_BOUND * weights if weights >= BOUNDED_BYTES else None,

@@ -37,7 +37,7 @@ def load(args: argparse.Namespace) -> "Llama":
     prepare_torch(args)
     from llama.runtime import Llama
 
-    return Llama.load(directory, dtype=args.dtype, device=args.device, max_context=context,
+    return Llama.load(directory, dtype=args.dtype, device=args.device, quantize=args.quantize, max_context=context,
                       kv_cache_bytes=args.kv_cache, prompt_lookup=args.prompt_lookup, draft=args.draft,
                       deterministic=args.deterministic)
 

@@ -9,6 +9,9 @@ Letters as everywhere in this project: `tokens` is the ragged axis of `RaggedBat
 is x: the places that have a name (`llama.model.sites`), where a plan may look at what flows, or change it.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +19,14 @@ from torch import Tensor, nn
 from llama.config import LlamaConfig
 from llama.model.attention import ragged_attention
 from llama.model.cache import KVCache
-from llama.model.linear import Linear
+from llama.model.formats import QUANTISED
+from llama.model.linear import Linear, PackedLinear, make_linear
 from llama.model.ragged import RaggedBatch
 from llama.model.rope import inverse_frequencies, rotate, rotation
 from llama.model.tap import UNTOUCHED, Tap
+
+MakeLinear = Callable[[int, int], Linear | PackedLinear]  # from in_features and out_features
+MakeNorm = Callable[[str], "RMSNorm"]  # from its site
 
 
 class RMSNorm(nn.Module):
@@ -42,14 +49,14 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (arXiv:2305.13245, arXiv:2104.09864)."""
 
-    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: LlamaConfig, layer: int, linear: MakeLinear):
         super().__init__()
         self.layer = layer
         self.deterministic = False
         self.head_dim = config.head_dim
         self.sizes = (config.q_size, config.kv_size, config.kv_size)
-        self.qkv = Linear(config.hidden_size, sum(self.sizes), dtype, device)
-        self.out = Linear(config.q_size, config.hidden_size, dtype, device)
+        self.qkv = linear(config.hidden_size, sum(self.sizes))
+        self.out = linear(config.q_size, config.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None,
                 at: Tap = UNTOUCHED) -> Tensor:
@@ -67,10 +74,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: LlamaConfig, linear: MakeLinear):
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, device)
-        self.down = Linear(config.intermediate_size, config.hidden_size, dtype, device)
+        self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
@@ -82,12 +89,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each on the normalised residual stream and added to it."""
 
-    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: LlamaConfig, layer: int, norm: MakeNorm, linear: MakeLinear):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, "attn_norm")
-        self.attention = Attention(config, layer, dtype, device)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, "mlp_norm")
-        self.feed_forward = FeedForward(config, dtype, device)
+        self.attention_norm = norm("attn_norm")
+        self.attention = Attention(config, layer, linear)
+        self.feed_forward_norm = norm("mlp_norm")
+        self.feed_forward = FeedForward(config, linear)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None,
                 at: Tap = UNTOUCHED) -> Tensor:
@@ -101,32 +108,39 @@ class Llama(nn.Module):
     """The whole network. Created uninitialised; `llama.checkpoint.load` fills it.
 
     dtype: torch.float32, torch.bfloat16 or torch.float16, of weights and activations alike. Norms, rotations,
-    softmax and logits are float32 in any case.
+    softmax and logits are float32 in any case. weights: a format of `llama.model.formats` for the matrices; None: as
+    they are, in `dtype`. A quantised one keeps embedding and head at 8 bits.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                 weights: str | None = None):
         super().__init__()
         self.config = config
-        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.embed = nn.Embedding.from_pretrained(embedding, freeze=True)
-        self.blocks = nn.ModuleList(Block(config, layer, dtype, device) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, "final_norm")
-        self.head = Linear(config.hidden_size, config.vocab_size, dtype,
-                           "meta" if config.tie_word_embeddings else device)
-        if config.tie_word_embeddings:
-            self.head.weight = self.embed.weight
+        linear = partial(make_linear, dtype=dtype, device=device, fmt=weights)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype, device)
+        ends = "int8" if weights in QUANTISED else weights
+        looked_up = ends if config.tie_word_embeddings or ends == "int8" else None  # rows as they are are found fastest
+        self.embed = linear(config.hidden_size, config.vocab_size, fmt=looked_up)
+        self.blocks = nn.ModuleList(Block(config, layer, norm, linear) for layer in range(config.num_layers))
+        self.norm = norm("final_norm")
+        tied = config.tie_word_embeddings
+        self.head = self.embed if tied else linear(config.hidden_size, config.vocab_size, fmt=ends)
         self.register_buffer("frequencies", inverse_frequencies(config, device), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of weights and activations."""
-        return self.embed.weight.dtype
+        """That of activations, and of weights that are not packed."""
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.embed.weight.device
+        return self.norm.weight.device
+
+    @property
+    def num_bytes(self) -> int:
+        """What all weights take."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def set_deterministic(self, deterministic: bool) -> None:
         """Whether a token's numbers are the same bits whatever else is in its step and however its sequence was
@@ -146,11 +160,11 @@ class Llama(nn.Module):
     def hidden(self, batch: RaggedBatch, cache: KVCache | None = None, at: Tap = UNTOUCHED) -> Tensor:
         """The residual stream after the last block: [tokens, hidden]."""
         rotary = rotation(batch.positions, self.frequencies)
-        x = at("embed", self.embed(batch.ids))  # [tokens, hidden]
+        x = at("embed", self.embed.rows(batch.ids))  # [tokens, hidden]
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, batch, cache, at.layer(layer))
         return x
 
     def logits(self, hidden: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """The final norm and the head: [rows, hidden] -> [rows, vocab], float32."""
-        return at("logits", self.head(self.norm(hidden, at)).float())
+        return at("logits", self.head(self.norm(hidden, at), wide=True))

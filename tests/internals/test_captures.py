@@ -40,7 +40,7 @@ def test_a_capture_in_a_cached_prefix_is_computed_and_one_after_it_is_not(pair):
     run(engine, [request("earlier", ids, None)])
     computed = []
     for positions in (40, 3):
-        before = engine.model.embed.register_forward_hook(lambda _, args, __: computed.append(len(args[0])))
+        before = engine.model.blocks[0].register_forward_hook(lambda _, args, __: computed.append(len(args[0])))
         values = run(engine, [request("x", ids, TracePlan(("layers.1.attn.pattern",), positions))])["x"][1]
         before.remove()
         pattern = values["layers.1.attn.pattern"][0]
