@@ -19,6 +19,73 @@ def _faults(file: str, *faults: tuple[str, str, str]) -> tuple[Fault, ...]:
 
 FAULTS = (
     *_faults(
+        "model/rope.py",
+        ("no scaling beyond the original context", "    if scaling is None:\n", "    if True:\n"),
+        ("the scaling's bands exchanged", "return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies",
+         "return smooth * frequencies / scaling.factor + (1 - smooth) * frequencies"),
+        ("neighbours are a pair", "first, second = x.float().chunk(2, dim=-1)",
+         "first, second = x.float()[..., ::2], x.float()[..., 1::2]"),
+    ),
+    *_faults(
+        "model/attention.py",
+        ("a decode's heads read each other's keys",
+         "return q.view(num_kv_heads, -1, q.shape[2]).transpose(0, 1)",
+         "return q.view(-1, num_kv_heads, q.shape[2])"),
+        ("the definition's heads read each other's keys",
+         "q.view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim)",
+         "q.view(queries, num_heads // num_kv_heads, num_kv_heads, head_dim).transpose(1, 2)"),
+        ("parts are joined without their weights", "log_sums.softmax(dim=0)", "log_sums.mul(0).softmax(dim=0)"),
+        ("a later chunk sees its own future", "_flash(q, k, v, causal=True)", "_flash(q, k, v)"),
+    ),
+    *_faults(
+        "text/tokenizer.py",
+        ("a second begin-of-text", "add_special_tokens=False)", "add_special_tokens=True)"),
+        ("a user's text becomes control tokens",
+         "backend.encode_special_tokens = True", "backend.encode_special_tokens = False"),
+        ("merges in the order of the vocabulary's pairs",
+         "sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))", "known[:1]"),
+    ),
+    *_faults(
+        "text/chat.py",
+        ("control tokens lose their marks",
+         'return names.sub(lambda name: f"\\ud800{special_tokens[name[0]]}\\ud801", text)', "return text"),
+    ),
+    *_faults(
+        "text/stream.py",
+        ("a stop string is sought within each token",
+         "        if self._matchers:\n",
+         "        self._matchers = [_StopMatcher(matcher.stop) for matcher in self._matchers]\n"
+         "        if self._matchers:\n"),
+        ("the beginning of a stop string is given away",
+         "return self._release(self._held_len - max((matcher.held for matcher in self._matchers), default=0))",
+         "return self._release(self._held_len)"),
+        ("half characters", "self._decoder.decode(self._tokenizer.token_bytes(token_id))",
+         'self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")'),
+    ),
+    *_faults(
+        "generation_config.py",
+        ("sampling although it is off", 'raw.get("do_sample") is False', "False"),
+        ("null is no default",
+         "    raw = {name: value for name, value in raw.items() if value is not None}\n", ""),
+    ),
+    *_faults(
+        "driver.py",
+        ("a stop string does not stop the engine", "                    self.engine.cancel(name, delta.index)\n",
+         "                    pass\n"),
+        ("who goes away is computed on", "            self.engine.cancel(name)\n", ""),
+    ),
+    *_faults(
+        "runtime.py",
+        ("scores one place late", "scores, first = [], 1", "scores, first = [], 0"),
+        ("a chunk does not see those before it", "Segment(start, len(positions), ((0, start + len(positions)),))",
+         "Segment(0, len(positions), ((start, start + len(positions)),))"),
+        ("the checkpoint's defaults are not asked",
+         "self._driver.stream(ids, (params or SamplingParams()).with_defaults(self.defaults))",
+         "self._driver.stream(ids, (params or SamplingParams()).with_defaults(SamplingParams(\n"
+         "            temperature=1.0, top_p=1.0, top_k=-1, repetition_penalty=1.0)))"),
+        ("results in the order of their ends", "results[place] =", "results[results.index(None)] ="),
+    ),
+    *_faults(
         "engine/blocks.py",
         ("a name without its past",
          "hashlib.sha256(parent + ids.tobytes())", "hashlib.sha256(ids.tobytes())"),
