@@ -83,7 +83,7 @@ FAULTS = (
          "self._driver.stream(ids, (params or SamplingParams()).with_defaults(self.defaults))",
          "self._driver.stream(ids, (params or SamplingParams()).with_defaults(SamplingParams(\n"
          "            temperature=1.0, top_p=1.0, top_k=-1, repetition_penalty=1.0)))"),
-        ("results in the order of their ends", "results[place] =", "results[results.index(None)] ="),
+        ("results in the order of their ends", "results[place] = completions", "results[results.index(None)] = completions"),
     ),
     *_faults(
         "engine/blocks.py",
@@ -199,7 +199,7 @@ FAULTS = (
         ("ignore_eos is ignored", " and not params.ignore_eos:", ":"),
         ("a stop id is not named", 'return "stop", token_id', 'return "stop", None'),
         ("one token more than max_tokens",
-         "sequence.num_prompt + max_tokens)", "sequence.num_prompt + max_tokens + 1)"),
+         "len(request.prompt_ids) + max_tokens)", "len(request.prompt_ids) + max_tokens + 1)"),
         ("the proposer is not told who leaves",
          "            self.proposer.forget(sequence)\n", "            pass\n"),
     ),
@@ -266,8 +266,8 @@ FAULTS = (
         ("stop ids are drawn before min_tokens",
          "(*self.scheduler.eos_token_ids, *params.stop_token_ids) if", "(*self.scheduler.eos_token_ids,) if"),
         ("a prompt is scored whole", "range(0, len(ids), SCORED_ROWS)", "range(0, len(ids), 10**6)"),
-        ("prompt scores one place late", "hidden[first + done:first + done + len(piece)]",
-         "hidden[first + done + 1:first + done + 1 + len(piece)]"),
+        ("prompt scores one place late", "range(first + done, first + done + len(piece))",
+         "range(first + done + 1, first + done + 1 + len(piece))"),
         ("ids beyond the vocabulary",
          "if not 0 <= token_id < vocab_size:", "if not 0 <= token_id <= vocab_size:"),
     ),

@@ -224,8 +224,8 @@ def test_a_bar_is_drawn_for_many_prompts_on_a_terminal(llm, monkeypatch, is_term
 # ---- loading --------------------------------------------------------------------------------------------
 
 
-def test_public_names_are_those_of_the_readme():
-    assert set(llama.__all__) == {"Llama", "Completion", "SamplingParams", "LlamaConfig"}
+def test_public_names_are_found_where_they_are_said_to_be():
+    assert {"Llama", "Completion", "SamplingParams", "LlamaConfig"} <= set(llama.__all__)
     assert all(getattr(llama, name).__name__ == name for name in llama.__all__)
     with pytest.raises(AttributeError, match="module 'llama' has no attribute 'nothing'"):
         llama.nothing
