@@ -8,7 +8,7 @@ from typing import Any
 
 _HOMES = {
     "Llama": "llama.runtime",
-    "Completion": "llama.runtime",
+    "Completion": "llama.completion",
     "SamplingParams": "llama.engine.request",
     "LlamaConfig": "llama.config",
     **dict.fromkeys(("Add", "Replace", "Zero", "Scale"), "llama.model.edits"),

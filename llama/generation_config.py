@@ -7,12 +7,13 @@ from llama.strict_json import ConfigError, read_json_object, read_token_ids
 
 
 def read_generation_config(directory: Path) -> tuple[SamplingParams, tuple[int, ...]]:
-    """Sampling defaults and end-of-turn ids of generation_config.json; without the file, Llama's usual ones.
+    """Sampling defaults and end-of-turn ids of generation_config.json; what it leaves open is as Llama 3.1's has it.
 
     Raises ConfigError that names the file.
     """
     path = Path(directory) / "generation_config.json"
     raw = read_json_object(path) if path.is_file() else {}
+    raw = {name: value for name, value in raw.items() if value is not None}
     try:
         greedy = raw.get("do_sample") is False
         defaults = SamplingParams(

@@ -193,11 +193,14 @@ class Llama:
     # ---- measuring ------------------------------------------------------------------------------------------
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Next-token logits after each of the ids: [len(ids), vocab], float32."""
+        """Next-token logits after each of the ids: [len(ids), vocab], float32. Raises RequestError."""
         return torch.cat([self.model.logits(hidden) for hidden in self._hidden(ids)])
 
     def score(self, ids: Sequence[int]) -> Tensor:
-        """Natural-log probability of each id given those before it: [len(ids) - 1], float32; the first has none."""
+        """Natural-log probability of each id given those before it: [len(ids) - 1], float32; the first has none.
+
+        Raises RequestError.
+        """
         scores, first = [], 1
         targets = torch.tensor(ids, device=self.model.device)
         for chunk in self._hidden(ids):
@@ -214,6 +217,10 @@ class Llama:
         if not 0 < len(ids) <= self.config.max_position_embeddings:
             raise RequestError("prompt", f"{len(ids)} ids; give at least one, and at most "
                                f"{self.config.max_position_embeddings}")
+        for token_id in ids:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise RequestError("prompt", f"the id {token_id} is outside the vocabulary of "
+                                   f"{self.config.vocab_size} tokens")
         device, step = self.model.device, self.engine.scheduler.limits.step_tokens
         cache = KVCache(self.config, 1, len(ids), self.model.dtype, device)
         for start in range(0, len(ids), step):

@@ -1,4 +1,4 @@
-"""Does the suite notice? Deliberate faults in the engine, one at a time, each of which some test must catch.
+"""Does the suite notice? Deliberate faults, one at a time, each of which some test must catch.
 
     python -m tests.mutation                all faults (minutes)
     python -m tests.mutation blocks salt    those whose file or description contains one of these words
@@ -31,6 +31,14 @@ _BOOKS = ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_life
 _SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py")
 _ENGINE = ("engine/test_engine_limits.py", "engine/test_engine.py")
 TESTS = {
+    "model/rope.py": ("model/test_rope.py",),
+    "model/attention.py": ("model/test_attention.py",),
+    "text/tokenizer.py": ("text/test_tokenizer.py",),
+    "text/chat.py": ("text/test_chat_safety.py",),
+    "text/stream.py": ("text/test_stream.py",),
+    "generation_config.py": ("test_generation_config.py",),
+    "driver.py": ("test_runtime.py",),
+    "runtime.py": ("test_runtime.py",),
     "engine/blocks.py": _BOOKS,
     "engine/runs.py": ("engine/test_runs.py",),
     "engine/scheduler.py": _BOOKS,
@@ -58,7 +66,7 @@ def run_tests(tests: tuple[str, ...], file: str | None = None, source: str | Non
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy = Path(folder)
         for name in ("llama", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if file is not None:
             (copy / "llama" / file).write_text(source)

@@ -124,7 +124,7 @@ def _tool_unneeded(talk: Talk) -> None:
 
 
 # What the model is to do right, and what is beyond it: a sum without a place to say its numbers again first, and
-# finding the one tool that is meant among several whose names exist in no language.
+# the right one of several tools with that one's own parameters.
 CASES: dict[str, Callable[[Talk], None]] = {name: _after(skill) for name, skill in SKILLS.items()} | {
     "recall": _recall, "tool call": _tool_call((1,)), "tool result": _tool_result, "tool unneeded": _tool_unneeded}
 BEYOND: dict[str, Callable[[Talk], None]] = {"sum in JSON": _after(add_in_json), "tool choice": _tool_call((2, 3))}

@@ -55,6 +55,13 @@ def test_a_line_overrides_the_flags(answer):
     assert [entry["token"] for entry in results[4]["prompt_logprobs"]] == ["<|begin_of_text|>", "a"]
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_is_drawn_on_a_terminal(answer, monkeypatch, is_terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    ran, _ = answer([{"prompt": "a"}, {"prompt": "b"}], "--max-tokens", 2)
+    assert ("\ranswering [#########################] 2/2 prompts, " in ran.err) == is_terminal
+
+
 def test_all_run_together_and_each_is_written_when_it_is_finished(answer, monkeypatch):
     running, original = [], Llama.complete
 
