@@ -62,7 +62,8 @@ class Driver:
                     readers[name] = place, RequestReader(self.tokenizer, params, len(ids))
                     following = next(upcoming, None)
                 self._step()
-                for name, (place, reader) in list(readers.items()):
+                for name in [name for name in readers if self._inboxes[name]]:
+                    place, reader = readers[name]
                     for _ in self._read(name, reader):
                         pass
                     if reader.is_done:

@@ -256,6 +256,9 @@ def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_
         raise ConfigError(f"{directory}: the draft model's tokenizer is not the model's; give one of the same family")
     dtype = str(model.dtype).removeprefix("torch.")
     draft = load_model(directory, dtype=dtype, device=model.device, weights="fastest", progress=progress)
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise ConfigError(f"{directory}: the draft model has {draft.config.vocab_size} ids, the model "
+                          f"{model.config.vocab_size}; give one of the same family")
     return DraftModel(draft, num_blocks, BLOCK_SIZE)
 
 

@@ -258,7 +258,7 @@ FAULTS = (
         ("a planned copy is not made",
          "            self.cache.copy_block(*plan.copies[0])\n", ""),
         ("guesses are drawn with the penalties before them",
-         "sequence.counts + Counter(item.draft[:guessed])", "sequence.counts"),
+         "counts[item.draft[guessed - 1]] += 1", "pass"),
         ("min_tokens does not count guesses",
          "sequence.num_generated + guessed < params", "sequence.num_generated < params"),
         ("guesses are drawn with one number", "len(sequence.ids) + guessed,", "len(sequence.ids),"),

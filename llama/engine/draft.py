@@ -4,6 +4,7 @@ Its guesses are its likeliest tokens, so that `llama.engine.propose` holds for t
 lossless whatever the draft model is worth.
 """
 
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +21,7 @@ from llama.model.transformer import Llama
 class _Progress:
     """What the draft model has computed of one sequence: these ids, in these blocks."""
 
-    ids: list[int] = field(default_factory=list)
+    ids: array = field(default_factory=lambda: array("q"))
     table: list[int] = field(default_factory=list)
 
 
@@ -44,15 +45,15 @@ class DraftModel:
             return ()
         if missing > 0:
             progress.table += self.pool.allocate(missing, progress.table[-1] if progress.table else None)
-        known = sequence.ids.tolist()
+        known = sequence.ids
         start = min(_common_length(progress.ids, known), len(known) - 1)  # wrong guesses are computed anew
         draft: list[int] = []
-        pending = known[start:]
+        pending = known[start:].tolist()
         for _ in range(most):
             draft.append(self._next(progress.table, start, pending))
             start += len(pending)
             pending = draft[-1:]
-        progress.ids = known + draft[:-1]
+        progress.ids = known + array("q", draft[:-1])
         return tuple(draft)
 
     def forget(self, sequence: Sequence) -> None:
@@ -74,8 +75,9 @@ class DraftModel:
         return int(self.model(batch, self.cache)[0].argmax())
 
 
-def _common_length(ours: list[int], theirs: list[int]) -> int:
+def _common_length(ours: array, theirs: array) -> int:
     """How many ids two sequences begin with alike."""
-    ours_array, theirs_array = (np.asarray(ids[:min(len(ours), len(theirs))]) for ids in (ours, theirs))
-    different = np.flatnonzero(ours_array != theirs_array)
-    return int(different[0]) if len(different) else len(ours_array)
+    shorter = min(len(ours), len(theirs))
+    one, other = (np.frombuffer(ids, dtype=np.int64)[:shorter] for ids in (ours, theirs))
+    different = np.flatnonzero(one != other)
+    return int(different[0]) if len(different) else shorter

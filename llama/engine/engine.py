@@ -5,7 +5,6 @@
     commit  append what was drawn, end what has ended, report                       (scheduler)
 """
 
-from collections import Counter
 from collections.abc import Container, Iterable
 
 import torch
@@ -133,9 +132,11 @@ class Engine:
     def _sample_rows(self, item: Scheduled, index: int) -> list[SampleRow]:
         """One row for the token after the last known one, and one after each guess, as if those were known."""
         sequence, params = item.sequence, item.sequence.request.params
-        rows = []
+        rows, counts = [], sequence.counts
         for guessed in range(1 + len(item.draft)):
-            counts = sequence.counts + Counter(item.draft[:guessed]) if guessed else sequence.counts
+            if guessed:
+                counts = counts.copy()
+                counts[item.draft[guessed - 1]] += 1
             too_short = sequence.num_generated + guessed < params.min_tokens
             banned = (*self.scheduler.eos_token_ids, *params.stop_token_ids) if too_short else ()
             rows.append(SampleRow(params, sequence.seed, index, len(sequence.ids) + guessed,

@@ -72,10 +72,15 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202).
+
+    deterministic: silu row by row. Where a thread's share ends amid a vector, the last elements are computed in
+    another way, an ulp apart; a row that is a call by itself is shared out the same in any company.
+    """
 
     def __init__(self, config: LlamaConfig, linear: MakeLinear):
         super().__init__()
+        self.deterministic = False
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
 
@@ -83,7 +88,8 @@ class FeedForward(nn.Module):
         """[tokens, hidden] -> [tokens, hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [tokens, intermediate]
         gate, up = at("mlp.gate", gate), at("mlp.up", up)
-        return at("mlp_out", self.down(at("mlp.act", F.silu(gate) * up)))
+        activated = torch.cat([F.silu(row) for row in gate.split(1)]) if self.deterministic else F.silu(gate)
+        return at("mlp_out", self.down(at("mlp.act", activated * up)))
 
 
 class Block(nn.Module):
@@ -147,7 +153,7 @@ class Llama(nn.Module):
         cut into steps. Without it they agree to rounding; with it, products and attention are done in small
         pieces of one shape."""
         for module in self.modules():
-            if isinstance(module, Linear | Attention):
+            if isinstance(module, Linear | Attention | FeedForward):
                 module.deterministic = deterministic
 
     def forward(self, batch: RaggedBatch, cache: KVCache | None = None, at: Tap = UNTOUCHED) -> Tensor:

@@ -12,6 +12,7 @@ from llama.engine.engine import SCORED_ROWS
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, StepError, TokenEvent
 from llama.engine.scheduler import Limits
+from llama.model.transformer import FeedForward
 from tests.engine.running import TINY, alone, engine_of, run
 from tests.engine.simulation import request
 from tests.engine.test_engine import REQUESTS, assert_same
@@ -136,6 +137,29 @@ def test_deterministic_is_the_same_bits(dtype):
                                          (Limits(512, max_running=6, mixed_step_tokens=16), 9, lookup)):
         found = run(engine_of(model, limits, num_blocks, proposer=proposer), workload)
         assert found.samples == plain.samples and found.prompts == plain.prompts
+
+
+@pytest.fixture(params=[2, 3, 5])
+def threads(request):
+    """Elsewhere there is one, or as many as the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_deterministic_is_the_same_bits_however_threads_share_the_work(threads, model):
+    """More elements than one thread takes alone, in shares that end amid a vector."""
+    config = replace(model.config, hidden_size=500, intermediate_size=500)
+    layer = FeedForward(config, torch.float32, "cpu")
+    for module in layer.modules():
+        module.deterministic = True
+    x = torch.randn(110, 500, generator=torch.Generator().manual_seed(0))
+    layer.gate_up.weight.normal_(generator=torch.Generator().manual_seed(1))
+    layer.down.weight.copy_(torch.eye(500))  # so that no sum hides a bit
+    by_itself = torch.cat([layer(row) for row in x.split(1)])
+    for tokens in range(70, 110):
+        assert torch.equal(layer(x[:tokens]), by_itself[:tokens])
 
 
 class Failure(RuntimeError):
