@@ -9,10 +9,11 @@ The same conversations reach the same engine in three ways, in turns:
     http     `python -m server`, with everything that a client of it waits for
 
 under three loads: one conversation at a time, a constant number of them (closed loop), and arrivals at a
-constant mean rate that wait for nobody (Poisson). Times count from when a request was due, so that a late
-server is not spared. Answers are greedy, their lengths fixed beforehand and different, so that requests do not
-march in step. Every turn has new prompts, the same in every way, which share their template's beginning. Random
-weights will do, with a tokenizer:
+constant mean rate that wait for nobody (Poisson). In the closed loop as many wait as run, so that in every way the
+engine has the next one at hand where one has ended. Times count from when a request was due, so that a late server
+is not spared. Answers are greedy, their lengths fixed beforehand and different, so that requests do not march in
+step. Every turn has new prompts, the same in every way, which share their template's beginning. Random weights will
+do, with a tokenizer:
 
     python -m tools.make_checkpoint DIR --shape 1b --vocab-size 1280 --tokenizer llama/demo
 """
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="ways; the others are compared to the first")
     parser.add_argument("--turns", type=int, default=5, help="of each measurement")
     parser.add_argument("--requests", type=int, default=24, help="in each turn")
-    parser.add_argument("--together", type=int, default=8, help="requests under way in the closed loop")
+    parser.add_argument("--together", type=int, default=8, help="most that run together; in the closed loop, as many wait")
     parser.add_argument("--rate", type=float, help=f"requests/s; default: {SHARE} of what the engine manages")
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -108,8 +109,8 @@ def one_at_a_time(asks: Sequence[Ask], args: argparse.Namespace) -> Load:
 
 
 def closed_loop(asks: Sequence[Ask], args: argparse.Namespace) -> Load:
-    """So many at any time."""
-    return Load(asks, together=args.together)
+    """So many run at any time, and as many wait."""
+    return Load(asks, together=2 * args.together)
 
 
 def constant_rate(asks: Sequence[Ask], args: argparse.Namespace) -> Load:
@@ -126,7 +127,8 @@ LOADS = {"one": one_at_a_time, "closed": closed_loop, "rate": constant_rate}
 
 def spec(args: argparse.Namespace) -> EngineSpec:
     """The engine that `flags` make the server load."""
-    options = {"max_context": CONTEXT, "kv_cache_bytes": KV_CACHE_BYTES, "progress": False}
+    options = {"max_context": CONTEXT, "kv_cache_bytes": KV_CACHE_BYTES, "progress": False,
+               "limits": {"max_running": args.together}}
     return EngineSpec(args.model and str(args.model), options, args.threads)
 
 
@@ -134,7 +136,7 @@ def flags(args: argparse.Namespace) -> list[str]:
     """The server's flags."""
     model = [] if args.model is None else ["--model", str(args.model)]
     return [*model, "--threads", str(args.threads), "--context", str(CONTEXT),
-            "--kv-cache", str(KV_CACHE_BYTES)]
+            "--kv-cache", str(KV_CACHE_BYTES), "--max-running", str(args.together)]
 
 
 WAYS = {"engine": lambda args: OnEngine(spec(args)), "pipe": lambda args: OverPipe(spec(args)),
@@ -215,7 +217,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def _capacity(way: Way, prompts: Prompts, args: argparse.Namespace) -> float:
     """Requests per second in the closed loop."""
-    records = way.run(Load(prompts.some(args.requests), args.together))
+    records = way.run(closed_loop(prompts.some(args.requests), args))
     return len(records) / max(record.came[-1] for record in records)
 
 

@@ -70,8 +70,7 @@ class Generator:
             raise refusal(error) from None
         except QueueFullError as error:
             watch.fail("queue_full")
-            raise ApiError(429, f"the queue is full: {error}", code="queue_full",
-                           retry_after=RETRY_SECONDS) from None
+            raise queue_full(str(error)) from None
         except EngineUnavailableError as error:
             watch.fail("unavailable")
             raise unavailable(error.state, str(error)) from None
@@ -184,6 +183,11 @@ class _Run:
             if isinstance(delta.stop_reason, str):  # the engine, which sees no text, would go on
                 self._ticket.cancel(event.request_id, delta.index)
         return self.rendering.delta(self._places[event.request_id], delta, reader.prompt_logprobs)
+
+
+def queue_full(detail: str) -> ApiError:
+    """The refusal while too much waits."""
+    return ApiError(429, f"the queue is full: {detail}", code="queue_full", retry_after=RETRY_SECONDS)
 
 
 def unavailable(state: str, detail: str) -> ApiError:

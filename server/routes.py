@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from llama import __version__
 from server import metrics
 from server.access import Entry
 from server.errors import ApiError
-from server.generation import JSON, LOAD_SECONDS, Generator, unavailable
+from server.generation import JSON, LOAD_SECONDS, Generator, queue_full, unavailable
 from server.http.exchange import ClientGoneError, Exchange
 from server.http.head import Head
 from server.openapi import openapi
@@ -33,6 +34,11 @@ _PAGE_FIELDS = (
     ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"))
 _PROJECT = r"/project/p-(?P<project>[^/]*)/genai/(?P<name>.+)/v1/chat/completions"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+
+# Requests are read so many at a time, large bodies by themselves: whoever else waits for the interpreter, as a probe of
+# /health does, waits for no more than these, however many come at once.
+_READERS = 2
+_LARGE_BODY = 64 * 1024
 
 Answer = Callable[..., None]
 
@@ -67,6 +73,7 @@ class Routes:
         self._metrics = measured
         self._digests = [_digest(key.encode()) for key in keys]
         self._root_path = root_path
+        self._turns = {is_large: threading.Semaphore(_READERS) for is_large in (False, True)}
         self._page = (resources.files("server") / "web" / "index.html").read_bytes()
         self._routes = [
             Route("POST", "/v1/chat/completions", re.compile("/v1/chat/completions"), self._chat),
@@ -165,7 +172,7 @@ class Routes:
         """name: of the model, where the body gives none."""
         served = self._served()
         self._refuse_early()
-        call = parse_chat(exchange.read_body(), served, name)
+        call = self._read(exchange, parse_chat, served, name)
         self._generator.answer(exchange, entry, served, call, salt)
 
     def _project_chat(self, exchange: Exchange, entry: Entry, salt: str, project: str, name: str) -> None:
@@ -176,14 +183,24 @@ class Routes:
     def _completion(self, exchange: Exchange, entry: Entry, salt: str) -> None:
         served = self._served()
         self._refuse_early()
-        call = parse_completion(exchange.read_body(), served)
+        call = self._read(exchange, parse_completion, served)
         self._generator.answer(exchange, entry, served, call, salt)
 
     def _refuse_early(self) -> None:
         """Before a body is read for nothing."""
         state = self._supervisor.state
         if state != "ready":
+            self._metrics.failures.inc(reason="unavailable")
             raise unavailable(state, self._supervisor.state_detail)
+        if self._supervisor.is_full:
+            self._metrics.failures.inc(reason="queue_full")
+            raise queue_full("as many requests wait as may; try again later")
+
+    def _read(self, exchange: Exchange, read: Callable[..., Any], *arguments: Any) -> Any:
+        """What `read` makes of the body, when its turn has come."""
+        body = exchange.read_body()
+        with self._turns[len(body) > _LARGE_BODY]:
+            return read(body, *arguments)
 
     def _served(self) -> Served:
         if self.served is None:
@@ -195,7 +212,7 @@ class Routes:
     def _convert(self, convert: Callable[[bytes, Served], Any], exchange: Exchange, entry: Entry,
                  salt: str) -> None:
         served = self._served()
-        _send_json(exchange, convert(exchange.read_body(), served))
+        _send_json(exchange, self._read(exchange, convert, served))
 
     def _models(self, exchange: Exchange) -> None:
         _send_json(exchange, self._served().models())

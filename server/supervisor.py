@@ -94,6 +94,11 @@ class Supervisor:
             raise EngineUnavailableError(self.state, self.state_detail)
         return ticket
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `submit` would raise QueueFullError, whatever it is given."""
+        return self._tickets.is_full
+
     def snapshot(self) -> dict[str, Any]:
         """How things stand: state, state_detail; engine_pid; heartbeat_age, seconds since it was last heard;
         running and waiting requests; cache_usage, 0 to 1; and counted from the beginning: num_engines

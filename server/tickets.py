@@ -119,6 +119,12 @@ class Tickets:
         engine.send(("submit", *requests))
         return ticket
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests wait as may: whatever is submitted now is refused."""
+        with self._lock:
+            return sum(entry.is_waiting for entry in self._entries.values()) >= self._spec.max_queued_requests
+
     def _refuse(self, requests: Ordered[Request]) -> None:
         """The bounds that the protocol does not know: of the cache, of a step, of the queue."""
         loaded, spec = self._loaded, self._spec

@@ -3,14 +3,16 @@
 import os
 import signal
 import threading
+from contextlib import ExitStack
 
 import pytest
 
 from llama import __version__
+from server import routes
 from server.front import Front, Settings
 from tests.server.live import CONTEXT, NAME, serving, wait_until
 from tests.server.live import small as small
-from tests.server.raw import CHAT, Client, chat, get, post
+from tests.server.raw import CHAT, PATIENCE, Client, chat, get, post
 from tests.server.test_routes import GETS, POSTS
 
 
@@ -94,11 +96,37 @@ def test_under_overload_there_are_still_signs_of_life(small, tmp_path):
                     full = served.ask(chat())
                     assert (full.status, full.code, full.fields["retry-after"]) == (429, "queue_full", "1")
                     assert full.json["error"]["type"] == "rate_limit_error"
+                with served.open() as large:  # is refused before it has sent its body
+                    large.send(get(CHAT, "Content-Type: application/json", "Content-Length: 4000000", method="POST"))
+                    assert large.answer().status == 429
+                assert served.metric("request_failure_total", reason="queue_full") == 21
                 for path in GETS:
                     assert served.ask(get(path)).status == 200
                 assert served.ask(get("/health")).json["engine"]["waiting"] == 1
         finally:
             hold.unlink()
+
+
+def test_requests_are_read_few_at_a_time_and_large_ones_apart(small, monkeypatch):
+    """So that nobody waits for the interpreter behind all of a crowd."""
+    entered, may_go = [], threading.Event()
+
+    def read(body, served):
+        entered.append(len(body))
+        assert may_go.wait(PATIENCE)
+        return {}
+
+    monkeypatch.setattr(routes, "tokenize", read)
+    small_body, large_body = b" " * 10, b" " * 100_000
+    with serving(small) as served, ExitStack() as stack:
+        clients = [stack.enter_context(served.open()) for _ in range(10)]
+        for number, client in enumerate(clients):
+            client.send(post("/tokenize", large_body if number % 2 else small_body))
+        wait_until(lambda: len(entered) == 4)
+        assert served.ask(get("/health")).status == 200
+        assert sorted(entered) == [10, 10, 100_000, 100_000]
+        may_go.set()
+        assert [client.answer().status for client in clients] == [200] * 10
 
 
 @pytest.fixture
