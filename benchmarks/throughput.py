@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import finish, hardware, interleaved, ratios, read_bandwidth, show, spread, summary
+from benchmarks.common import finish, hardware, interleaved, ratios, show, spread, step_bytes, summary
+from benchmarks.roofline import read_bandwidth
 from llama.engine.engine import Engine
 from llama.engine.propose import PromptLookup
 from llama.engine.request import Event, Request, SamplingParams, TokenEvent
@@ -39,9 +40,7 @@ def main() -> None:
     machine = hardware()
     bandwidth = read_bandwidth()
     model = load_model(args.model)
-    weight_bytes = model.config.num_weight_bytes(str(model.dtype).removeprefix("torch."))
-    if not model.config.tie_word_embeddings:  # a decode looks up one row of the embedding
-        weight_bytes -= model.embed.weight.nbytes
+    weight_bytes = step_bytes(model)
     print(f"{machine}\nread bandwidth {bandwidth / 1e9:.1f} GB/s; a step reads {weight_bytes / 1e9:.2f} GB of weights: "
           f"at most {bandwidth / weight_bytes:.1f} steps/s")
     results: dict[str, Any] = {"machine": machine, "bandwidth": bandwidth, "weight_bytes": weight_bytes}
