@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llama.model.transformer import Llama
 
@@ -28,14 +29,14 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def weight_bytes(model: Llama) -> int:
-    """Bytes of all weights that the model holds, in whatever format."""
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights that a model, or a part of it, holds, in whatever format."""
     return sum({id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
 
 
 def step_bytes(model: Llama) -> int:
     """Bytes of weights that a decode reads: all, but of an embedding that is not the head too only a row."""
-    return weight_bytes(model) - (0 if model.config.tie_word_embeddings else model.embed.weight.nbytes)
+    return weight_bytes(model) - (0 if model.config.tie_word_embeddings else weight_bytes(model.embed))
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -4,6 +4,7 @@ A turn is a prompt of ids and a number of new tokens, greedy, whatever they are:
 first new token, and each of the others takes a decode. Idle contestants only hold memory.
 """
 
+import ctypes
 import logging
 import multiprocessing
 import time
@@ -116,6 +117,7 @@ class LlamaCpp:
 
         self._lib = llama_cpp
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        refuse_amx()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         self._model = llama_cpp.llama_model_load_from_file(bytes(path), params)
@@ -153,7 +155,25 @@ class LlamaCpp:
         return np.ctypeslib.as_array(pointer, (self._vocab_size,))
 
     def facts(self) -> dict[str, Any]:
-        return {"version": self._lib.__version__, "system": self._lib.llama_print_system_info().decode()}
+        return {"version": self._lib.__version__, "amx": "refused"}
+
+
+class _SignalStack(ctypes.Structure):
+    """stack_t of sigaltstack(2)."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+_SMALL_STACK = ctypes.create_string_buffer(8192)
+
+
+def refuse_amx() -> None:
+    """Keep llama.cpp from its AMX kernels, which end the process at the first prompt (ggml-org/llama.cpp, issue
+    20824): Linux gives no AMX to a process with a signal stack too small for its registers. What it uses instead are
+    those for AVX-512. Without effect where there is no AMX, or where the process has it already."""
+    stack = _SignalStack(ctypes.addressof(_SMALL_STACK), 0, len(_SMALL_STACK))
+    if ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None):
+        raise RuntimeError("sigaltstack failed")
 
 
 class Distant:

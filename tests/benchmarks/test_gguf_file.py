@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.contestants import LlamaCpp, Ours
+from benchmarks.contestants import Distant, LlamaCpp, Ours
 from benchmarks.gguf_file import gguf_files, gguf_name, rope_factors, write_gguf
 from llama.checkpoint.layout import places
 from llama.config import LlamaConfig
@@ -35,6 +35,15 @@ def test_every_tensor_has_another_name():
     assert {"token_embd.weight", "output.weight", "output_norm.weight", "blk.31.attn_q.weight"} < names
 
 
+def logits_of(make, arguments, prompt):
+    """Those of a contestant in a process of its own."""
+    contestant = Distant(make, arguments, num_threads=1)
+    try:
+        return contestant.ask("logits", prompt)
+    finally:
+        contestant.close()
+
+
 @needs_bench
 @pytest.mark.parametrize("tie", ["--tie", "--no-tie"])
 def test_llama_cpp_computes_the_same(tmp_path, tie):
@@ -46,8 +55,8 @@ def test_llama_cpp_computes_the_same(tmp_path, tie):
     (tmp_path / "config.json").write_text(json.dumps(config))
     files = gguf_files(tmp_path, tmp_path / "gguf", ["BF16", "Q8_0", "Q4_0"])
     prompt = torch.randint(0, 512, (100,), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = torch.from_numpy(Ours(tmp_path, {"dtype": "float32"}, 128).logits(prompt))
-    off = {kind: (torch.from_numpy(LlamaCpp(path, 128).logits(prompt)) - expected).std() / expected.std()
+    expected = logits_of(Ours, (tmp_path, {"dtype": "float32"}, 128), prompt)
+    off = {kind: (logits_of(LlamaCpp, (path, 128), prompt) - expected).std() / expected.std()
            for kind, path in files.items()}
     assert off["BF16"] < 0.01 < off["Q8_0"] * 2 < 0.08 < off["Q4_0"] < 0.5
 
