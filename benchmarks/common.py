@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -23,6 +24,7 @@ def hardware() -> dict[str, Any]:
     return {
         "processor": values.get("model name", platform.processor()),
         "features": [name for name in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags],
+        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

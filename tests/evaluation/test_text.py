@@ -11,7 +11,7 @@ from llama import Llama
 from llama.checkpoint.load import load_model
 from llama.evaluation import EvaluationError
 from llama.evaluation.text import Reference, Window, score_text, windows
-from tests import reference
+from tests.reference import logits as float64_logits
 from tools.make_checkpoint import main as make_checkpoint
 
 
@@ -77,8 +77,8 @@ def test_perplexity_in_float64(llm, theirs):
     ids = random_ids(30, seed=4)
     config = theirs.config.to_dict()
     scaling = config.pop("rope_parameters")
-    logits = reference.logits(theirs.state_dict(), config | {"rope_theta": scaling["rope_theta"],
-                                                             "rope_scaling": scaling}, ids)
+    config |= {"rope_theta": scaling["rope_theta"], "rope_scaling": scaling}
+    logits = float64_logits(theirs.state_dict(), config, ids)
     expected = F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp().item()
     assert score_text(llm, windows(ids, 30)).perplexity == pytest.approx(expected, rel=1e-5)
 
@@ -121,10 +121,12 @@ def test_a_model_agrees_with_itself(random_checkpoint, llm):
     """To the bit: the reference's logits are computed again from its residual streams."""
     texts = windows(random_ids(150), 60)
     again = Llama.load(random_checkpoint, limits={"step_tokens": 60}, kv_cache_bytes=1 << 20)
-    agreement = score_text(llm, texts, Reference(again, texts)).agreement
-    assert agreement.divergences.abs().max() == 0
-    assert agreement.same_top == 1
-    assert len(agreement.divergences) == 118
+    reference = Reference(again, texts)
+    for _ in range(2):  # it may be asked any number of times
+        agreement = score_text(llm, texts, reference).agreement
+        assert agreement.divergences.abs().max() == 0
+        assert agreement.same_top == 1
+        assert len(agreement.divergences) == 118
 
 
 def test_the_reference_gives_its_blocks_back(random_checkpoint):
