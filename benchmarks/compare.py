@@ -48,14 +48,16 @@ def main() -> None:
     print(f"{args.model}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns; "
           f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
     results: dict[str, Any] = {"machine": machine, "model": str(args.model), "prompt": args.prompt, "new": args.new,
-                               "bandwidth": bandwidth, "facts": {name: outcome.facts for name, outcome in outcomes.items()}}
+                               "bandwidth": bandwidth,
+                               "facts": {name: outcome.facts for name, outcome in outcomes.items()}}
     measured = {name: outcome.rates(args.prompt, args.new) for name, outcome in outcomes.items()}
     for kind in ("prefill", "decode"):
         results[kind] = _results({name: each[kind] for name, each in measured.items()}, groups)
-        _show(kind, results[kind], groups, {name: bandwidth / outcomes[f"ours {name}"].facts["step_bytes"] for name in groups})
+        ceilings = {name: bandwidth / outcomes[f"ours {name}"].facts["step_bytes"] for name in groups}
+        _show(kind, results[kind], groups, ceilings)
     results["agreement"] = agreement(outcomes)
-    show("The same model: KL of the distribution after a prompt from the first one's; new tokens of the first turn until "
-         "one differs", ["contestant", "KL", "tokens"],
+    show("The same model: KL of the distribution after a prompt from the first one's; new tokens of the first turn "
+         "until one differs", ["contestant", "KL", "tokens"],
          [[name, *values.values()] for name, values in results["agreement"].items()])
     finish(results, args.json)
 

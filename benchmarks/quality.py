@@ -96,7 +96,8 @@ def within(name: str, score: TextScore) -> bool:
         return True
     divergence, same = BOUNDS[name]
     kept = score.agreement.mean <= divergence and score.agreement.same_top >= same
-    print(f"\n{name}: mean KL at most {divergence:g}, same top token at least {same:.0%}: {'kept' if kept else 'NOT KEPT'}")
+    verdict = "kept" if kept else "NOT KEPT"
+    print(f"\n{name}: mean KL at most {divergence:g}, same top token at least {same:.0%}: {verdict}")
     return kept
 
 

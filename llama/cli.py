@@ -7,7 +7,6 @@ be; 130 after Ctrl-C; 141 when whoever read stdout has gone.
 import argparse
 import importlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
