@@ -1,6 +1,8 @@
 """What every benchmark needs: the machine and its ceiling, repeated measurements, a table, a line of JSON."""
 
+import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -9,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from llama.model.transformer import Llama
 
 
 def hardware() -> dict[str, Any]:
@@ -19,18 +24,21 @@ def hardware() -> dict[str, Any]:
     return {
         "processor": values.get("model name", platform.processor()),
         "features": [name for name in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags],
+        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def read_bandwidth(num_bytes: int = 2**30, repeats: int = 5) -> float:
-    """Bytes per second that all threads together read from memory: the best of several sums over a large tensor."""
-    data = torch.ones(num_bytes // 4, dtype=torch.float32)
-    vector = torch.ones(4096)
-    matrix = data.view(-1, 4096)
-    return max(num_bytes / seconds(lambda: torch.mv(matrix, vector)) for _ in range(repeats))
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights that a model, or a part of it, holds, in whatever format."""
+    return sum({id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
+
+
+def step_bytes(model: Llama) -> int:
+    """Bytes of weights that a decode reads: all, but of an embedding that is not the head too only a row."""
+    return weight_bytes(model) - (0 if model.config.tie_word_embeddings else weight_bytes(model.embed))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -72,6 +80,17 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 def spread(values: dict[str, float], unit: str = "") -> str:
     """A summary as `median (min to max) unit`."""
     return f"{values['median']:.3g} ({values['min']:.3g} to {values['max']:.3g}){unit}"
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags, with those that every benchmark of speed has; --threads set; the machine, printed."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    machine = hardware()
+    print(machine)
+    return args, machine
 
 
 def finish(results: dict[str, Any], as_json: bool) -> None:

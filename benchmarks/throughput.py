@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import finish, hardware, interleaved, ratios, read_bandwidth, show, spread, summary
+from benchmarks.common import finish, hardware, interleaved, ratios, show, spread, step_bytes, summary
+from benchmarks.roofline import read_bandwidth
 from llama.engine.engine import Engine
 from llama.engine.propose import PromptLookup
 from llama.engine.request import Event, Request, SamplingParams, TokenEvent
@@ -41,9 +42,7 @@ def main() -> None:
     machine = hardware()
     bandwidth = read_bandwidth()
     model = load_model(args.model, weights=args.quantize or "fastest")
-    weight_bytes = model.num_bytes
-    if model.embed is not model.head:  # a decode looks up one row of the embedding
-        weight_bytes -= model.embed.num_bytes
+    weight_bytes = step_bytes(model)
     print(f"{machine}\nread bandwidth {bandwidth / 1e9:.1f} GB/s; a step reads {weight_bytes / 1e9:.2f} GB of weights: "
           f"at most {bandwidth / weight_bytes:.1f} steps/s")
     results: dict[str, Any] = {"machine": machine, "bandwidth": bandwidth, "weight_bytes": weight_bytes}

@@ -7,7 +7,6 @@ be; 130 after Ctrl-C; 141 when whoever read stdout has gone.
 import argparse
 import importlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import NoReturn
 
 from llama import __version__
 from llama.commands import UsageError
+from llama.config import DTYPE_BYTES
 from llama.engine.request import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS
 from llama.flags import add_checkpoint_flags, add_engine_flags, count
 from llama.terminal import is_terminal, prepare_streams
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llama {__version__}",
                         help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_chat, _add_generate, _add_serve, _add_info, _add_pull):
+    for add in (_add_chat, _add_generate, _add_serve, _add_info, _add_eval, _add_pull):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -133,6 +133,31 @@ def _add_info(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
                         help="load it, or do not; by default it is loaded where it fits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_checkpoint_flags(parser)
+    return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "eval", help="measure how good a checkpoint is, or what quantising it has cost",
+        description="Measure a checkpoint: the perplexity of a text, by the protocol behind the published "
+        "figures for WikiText-2 (its test rows, joined by two line ends, in a file); its agreement with "
+        "another format or checkpoint on the same text; and its accuracy on multiple-choice questions.")
+    parser.add_argument("--text", metavar="FILE", help="the perplexity of this text, in UTF-8")
+    parser.add_argument("--length", type=count, metavar="N",
+                        help="tokens that are read together; by default 2048, or what the context holds")
+    parser.add_argument("--stride", type=count, metavar="N",
+                        help="tokens between the beginnings of such windows; by default the length. Less takes "
+                        "longer and gives each token more context")
+    parser.add_argument("--against", metavar="M",
+                        help="on the text, also the agreement with this: the same checkpoint unquantised in "
+                        f"{', '.join(DTYPE_BYTES)}, or another checkpoint")
+    parser.add_argument("--choices", metavar="FILE",
+                        help="accuracy on these questions, one JSON object a line: \"question\" (or \"context\", "
+                        "which stands as it is), \"choices\" (texts), \"answer\" (one of them, or its place "
+                        "from 0)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    add_checkpoint_flags(parser)
+    parser.set_defaults(kv_cache=None, prompt_lookup=False, draft=None, deterministic=False)
     return parser
 
 

@@ -194,7 +194,7 @@ class Llama:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Next-token logits after each of the ids: [len(ids), vocab], float32. Raises RequestError."""
-        return torch.cat([self.model.logits(hidden) for hidden in self._hidden(ids)])
+        return torch.cat([self.model.logits(hidden) for hidden in self.hidden(ids)])
 
     def score(self, ids: Sequence[int]) -> Tensor:
         """Natural-log probability of each id given those before it: [len(ids) - 1], float32; the first has none.
@@ -203,7 +203,7 @@ class Llama:
         """
         scores, first = [], 1
         targets = torch.tensor(ids, device=self.model.device)
-        for chunk in self._hidden(ids):
+        for chunk in self.hidden(ids):
             for hidden in chunk.split(SCORED_ROWS):
                 logprobs = torch.log_softmax(self.model.logits(hidden), dim=-1)
                 wanted = targets[first:first + len(hidden)]
@@ -212,8 +212,9 @@ class Llama:
         return torch.cat(scores)
 
     @torch.inference_mode()
-    def _hidden(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The final residual stream of a whole text, chunk by chunk over a cache of its own."""
+    def hidden(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The residual stream after the last block, of a whole text, chunk by chunk over a cache of its own: each
+        [at most a step's tokens, hidden], in the model's dtype. `model.logits` makes logits of any rows of it."""
         if not 0 < len(ids) <= self.config.max_position_embeddings:
             raise RequestError("prompt", f"{len(ids)} ids; give at least one, and at most "
                                f"{self.config.max_position_embeddings}")

@@ -41,7 +41,7 @@ def parsers(parser):
 def test_every_flag_has_help():
     found = list(parsers(build_parser()))
     assert [parser.prog for parser in found] == ["llama", "llama chat", "llama generate", "llama serve", "llama info",
-                                                 "llama pull"]
+                                                 "llama eval", "llama pull"]
     for parser in found:
         assert parser.description
         for action in parser._actions:
@@ -52,7 +52,7 @@ def test_every_flag_has_help():
 def test_every_command_has_debug_and_says_what_it_is_for(capsys):
     assert main_code("--help") == 0
     shown = capsys.readouterr().out
-    for name in ("chat", "generate", "info", "pull"):
+    for name in ("chat", "generate", "info", "eval", "pull"):
         assert f"\n    {name} " in shown
         assert main_code(name, "--help") == 0
         assert "--debug" in capsys.readouterr().out
@@ -63,7 +63,8 @@ def test_what_needs_no_model_brings_in_no_torch(tmp_path):
     calls = [["--help"], ["--version"], ["chat", "--top-p", "7", "hi"], ["chat"], ["generate", "--n", "0"],
              ["generate"], ["generate", "x", "--logprobs", "1"],
              ["info", "--no-load", "--model", str(tmp_path)],
-             ["chat", "x", "--context", "9999", "--model", str(tmp_path)], ["pull", "no such"]]
+             ["chat", "x", "--context", "9999", "--model", str(tmp_path)], ["pull", "no such"], ["eval"],
+             ["eval", "--choices", str(tmp_path / "config.json"), "--model", str(tmp_path)]]
     script = ("import sys\nfrom llama.cli import main\n"
               f"for args in {calls!r}:\n"
               "    try: main(args)\n"
@@ -92,7 +93,7 @@ def test_a_broken_pipe_is_no_complaint():
 @pytest.mark.parametrize("args, message", [
     ([], "the following arguments are required: COMMAND; see llama --help"),
     (["sing"],
-     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'info', 'pull'); see "
+     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'info', 'eval', 'pull'); see "
      "llama --help"),
     (["chat", "--top", "1"], "ambiguous option: --top could match --top-p, --top-k; see llama chat --help"),
     (["chat", "--temperature", "warm"],

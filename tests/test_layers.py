@@ -21,6 +21,7 @@ LAYERS = {
     "engine": ["llama.engine"],
     "internals": ["llama.internals"],
     "runtime": ["llama.runtime", "llama.driver", "llama.completion", "llama.generation_config", "llama.flags"],
+    "evaluation": ["llama.evaluation"],
     "facade": ["llama"],
     "server": ["server"],
     "cli": ["llama.cli", "llama.commands", "llama.terminal", "llama.__main__"],

@@ -1,6 +1,6 @@
 """Write a checkpoint of random weights in any Llama shape, as Hugging Face lays it out: to measure and test.
 
-    python tools/make_checkpoint.py OUT --shape 8b --layers 2 --tokenizer DIR
+    python -m tools.make_checkpoint OUT --shape 8b --layers 2 --tokenizer DIR
 
 The files are those that the published model has: the same names, fields, dtype and shards. A few megabytes of
 them are in memory at a time. The same seed gives the same weights on the same version of torch, whatever else
@@ -29,6 +29,7 @@ from llama.checkpoint.save import write_checkpoint
 from llama.config import DTYPE_BYTES, LlamaConfig
 from llama.progress import ProgressBar, describe_bytes
 from llama.text.tokenizer import Tokenizer
+from tools.heavy_tails import element_sizes, heavy_block
 
 # What differs between the published models. `tiny` is none of them: it is small enough for a test, and with
 # --vocab-size 128256 takes the real tokenizer.
@@ -123,13 +124,17 @@ def weight_distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int,
-                  pool: ThreadPoolExecutor) -> Iterator[Tensor]:
-    """A tensor's values in blocks [elements] of `dtype`, in order; they depend on name, shape and seed."""
+                  pool: ThreadPoolExecutor, heavy_tails: bool = False) -> Iterator[Tensor]:
+    """A tensor's values in blocks [elements] of `dtype`, in order; they depend on name, shape and seed, and on
+    whether tails are to be heavy (`tools.heavy_tails`)."""
     mean, std = weight_distribution(name, shape)
 
     def block(number: int, length: int) -> Tensor:
         digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        if heavy_tails:
+            values = mean + std * heavy_block(length, generator)
+            return (values * element_sizes(name, shape, number * _BLOCK, length, seed)).to(dtype)
         # float32 first: drawn in bfloat16, a normal distribution has only some hundred different values
         return torch.empty(length).normal_(mean, std, generator=generator).to(dtype)
 
@@ -171,7 +176,7 @@ def put_tokenizer(source: Path, directory: Path, vocab_size: int) -> None:
 
 
 def make_checkpoint(directory: Path, config: dict[str, Any], *, seed: int, shard_bytes: int,
-                    tokenizer: Path | None = None) -> LlamaConfig:
+                    tokenizer: Path | None = None, heavy_tails: bool = False) -> LlamaConfig:
     """Write the whole checkpoint. Raises ValueError (of which ConfigError, CheckpointError) or OSError."""
     parsed = LlamaConfig.from_dict(config)
     dtype = getattr(torch, parsed.dtype)
@@ -185,7 +190,7 @@ def make_checkpoint(directory: Path, config: dict[str, Any], *, seed: int, shard
     with (ThreadPoolExecutor(num_threads) as pool,
           ProgressBar("writing", parsed.num_weight_bytes(), describe_bytes) as bar):
         def pieces(name: str) -> Iterator[Tensor]:
-            for piece in random_tensor(name, shapes[name], dtype, seed, pool):
+            for piece in random_tensor(name, shapes[name], dtype, seed, pool, heavy_tails):
                 yield piece
                 bar.add(piece.nbytes)
 
@@ -220,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="PATH",
                         help="tokenizer.json, Meta's tokenizer.model, or a directory with one of them, to "
                              "put beside")
+    parser.add_argument("--heavy-tails", action="store_true",
+                        help="weights with heavy tails and outlier channels, as trained ones have them")
     args = parser.parse_args(arguments)
     settings = [*_NUMBERS.values(), "tie_word_embeddings", "torch_dtype"]
     changes = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
@@ -227,7 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     try:
         config = make_checkpoint(args.out, make_config(args.shape, changes), seed=args.seed,
-                                 shard_bytes=args.shard_bytes, tokenizer=args.tokenizer)
+                                 shard_bytes=args.shard_bytes, tokenizer=args.tokenizer,
+                                 heavy_tails=args.heavy_tails)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
     print(f"{args.out}: {config.num_parameters:,} parameters, {config.num_weight_bytes():,} bytes "

@@ -1,0 +1,115 @@
+"""This runtime, llama.cpp and transformers on the same weights, in turns: decode and prefill, and the ratios.
+
+    python -m benchmarks.compare --model DIR [--groups bf16,int8,int4] [--gguf FOLDER] [--json]
+
+A turn is a prompt of 512 tokens and 64 new ones, greedy, on all threads. Every contestant is a process of its own and
+meets every turn's prompt, so that a ratio is taken within a minute of the machine; medians and ranges are over the
+turns. Against int8 stands llama.cpp's Q8_0, against int4 its Q4_0, against both and bf16 transformers in bfloat16.
+That all compute the same model is part of the run: the distributions after a prompt are compared. Needs the `bench`
+extra; the GGUF files are written from the checkpoint, once.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import begin, finish, ratios, show, spread, summary
+from benchmarks.contest import Entry, Outcome, contest
+from benchmarks.contestants import LlamaCpp, Transformers
+from benchmarks.formats import ours
+from benchmarks.gguf_file import gguf_files
+from benchmarks.roofline import read_bandwidth
+from llama.config import LlamaConfig
+
+# llama.cpp's format at the same bits, by ours.
+RIVALS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+HUGGING_FACE = "transformers bf16"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint in bfloat16; random weights will do")
+    parser.add_argument("--groups", default="bf16,int8,int4", help="our formats, each with its rival")
+    parser.add_argument("--no-transformers", action="store_true", help="leave it out")
+    parser.add_argument("--gguf", type=Path, help="where the GGUF files are, or are put; default: beside the model")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens (default %(default)s)")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are counted (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=5)
+    args, machine = begin(parser)
+    groups = args.groups.split(",")
+    config = LlamaConfig.from_directory(args.model)
+    bandwidth = read_bandwidth()
+    outcomes = contest(_entries(args, groups), args.prompt, args.new, args.turns, config.vocab_size, args.threads)
+    bandwidth = max(bandwidth, read_bandwidth())
+    print(f"{args.model}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns; "
+          f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    results: dict[str, Any] = {"machine": machine, "model": str(args.model), "prompt": args.prompt, "new": args.new,
+                               "bandwidth": bandwidth,
+                               "facts": {name: outcome.facts for name, outcome in outcomes.items()}}
+    measured = {name: outcome.rates(args.prompt, args.new) for name, outcome in outcomes.items()}
+    for kind in ("prefill", "decode"):
+        results[kind] = _results({name: each[kind] for name, each in measured.items()}, groups)
+        ceilings = {name: bandwidth / outcomes[f"ours {name}"].facts["step_bytes"] for name in groups}
+        _show(kind, results[kind], groups, ceilings)
+    results["agreement"] = agreement(outcomes)
+    show("The same model: KL of the distribution after a prompt from the first one's; new tokens of the first turn "
+         "until one differs", ["contestant", "KL", "tokens"],
+         [[name, *values.values()] for name, values in results["agreement"].items()])
+    finish(results, args.json)
+
+
+def _entries(args: argparse.Namespace, groups: Sequence[str]) -> dict[str, Entry]:
+    context = args.prompt + args.new + 1
+    files = gguf_files(args.model, args.gguf or args.model / "gguf", [RIVALS[name] for name in groups])
+    entries: dict[str, Entry] = {}
+    if not args.no_transformers:
+        num_bytes = LlamaConfig.from_directory(args.model).num_weight_bytes("bfloat16")
+        entries[HUGGING_FACE] = Entry(Transformers, (args.model, context), num_bytes)
+    for name in groups:
+        path = files[RIVALS[name]]
+        entries[f"llama.cpp {RIVALS[name]}"] = Entry(LlamaCpp, (path, context), path.stat().st_size)
+        entries[f"ours {name}"] = ours(args.model, name, context)
+    return entries
+
+
+def _results(measured: Mapping[str, Sequence[float]], groups: Sequence[str]) -> dict[str, Any]:
+    """Tokens per second of all; ours against each rival, turn by turn."""
+    against: dict[str, dict[str, Any]] = {}
+    for name in groups:
+        rivals = [f"llama.cpp {RIVALS[name]}", *([HUGGING_FACE] if HUGGING_FACE in measured else [])]
+        against[name] = {rival: ratios(measured[f"ours {name}"], measured[rival]) for rival in rivals}
+    return {"tokens_per_second": {name: summary(values) for name, values in measured.items()}, "ratios": against}
+
+
+def _show(kind: str, result: dict[str, Any], groups: Sequence[str], ceilings: Mapping[str, float]) -> None:
+    found = result["tokens_per_second"]
+    rows = []
+    for name in groups:
+        own = found[f"ours {name}"]
+        share = [f"{own['median'] / ceilings[name]:.0%} of {ceilings[name]:.3g}"] if kind == "decode" else []
+        rows.append([name, spread(own), *share, *(f"{spread(found[rival])}; ours {spread(ratio)} ×"
+                                                  for rival, ratio in result["ratios"][name].items())])
+    allowed = ["weights over bandwidth"] if kind == "decode" else []
+    rivals = ["llama.cpp at the same bits", HUGGING_FACE][:len(rows[0]) - 2 - len(allowed)]
+    show(f"{kind.capitalize()}, tokens/s", ["format", "this runtime", *allowed, *rivals], rows)
+
+
+def agreement(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+    """Of each but the first contestant: KL(first || it) in nats, of the distribution after the prompt that all were
+    asked; and how many new tokens of the first turn are the same until one differs."""
+    (_, first), *others = outcomes.items()
+    results = {}
+    for name, other in others:
+        expected, found = (torch.from_numpy(one.logits).double().log_softmax(0) for one in (first, other))
+        pairs = list(zip(first.turns[0].ids, other.turns[0].ids, strict=True))
+        same = next((place for place, (theirs, its) in enumerate(pairs) if theirs != its), len(pairs))
+        results[name] = {"kl": (expected.exp() * (expected - found)).sum().item(), "same_tokens": same}
+    return results
+
+
+if __name__ == "__main__":
+    main()

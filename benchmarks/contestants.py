@@ -1,0 +1,223 @@
+"""Whoever is measured: this runtime and its peers, each in a process of its own, all asked the same way.
+
+A turn is a prompt of ids and a number of new tokens, greedy, whatever they are: the prompt's time ends with the
+first new token, and each of the others takes a decode. Idle contestants only hold memory.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn took, in seconds, and what was generated."""
+
+    prefill: float
+    decode: float
+    ids: list[int]
+
+
+class Contestant(Protocol):
+    """A model in memory."""
+
+    def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
+        """Read the prompt and generate num_new + 1 tokens."""
+
+    def logits(self, prompt: Sequence[int]) -> np.ndarray:
+        """Those after the prompt: [vocab], float32."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is worth knowing about it."""
+
+
+class Ours:
+    """This runtime's engine. quantize: a weight format, or None."""
+
+    def __init__(self, directory: Path, options: dict[str, Any], context: int):
+        from llama.checkpoint.load import load_model
+        from llama.engine.engine import BLOCK_SIZE, Engine
+        from llama.engine.scheduler import Limits
+
+        self._model = load_model(directory, progress=False, **options)
+        self._engine = Engine(self._model, Limits(max_context=context, max_running=1), context // BLOCK_SIZE + 2)
+
+    def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
+        from llama.engine.request import Request, SamplingParams, TokenEvent
+
+        greedy = SamplingParams(max_tokens=num_new + 1, temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0,
+                                ignore_eos=True)
+        self._engine.submit(Request("turn", tuple(prompt), greedy))
+        began, came, ids = time.perf_counter(), [], []
+        while self._engine.has_work:
+            for event in self._engine.step():
+                if isinstance(event, TokenEvent):
+                    came.append(time.perf_counter())
+                    ids.append(event.token_id)
+        return Turn(came[0] - began, came[-1] - came[0], ids)
+
+    def logits(self, prompt: Sequence[int]) -> np.ndarray:
+        from llama.model.ragged import RaggedBatch
+
+        with torch.inference_mode():
+            return self._model(RaggedBatch.whole(torch.tensor(prompt)))[-1].numpy()
+
+    def facts(self) -> dict[str, Any]:
+        from benchmarks.common import step_bytes, weight_bytes
+
+        kv_bytes = self._model.config.kv_bytes_per_token(str(self._model.dtype).removeprefix("torch."))
+        return {"weight_bytes": weight_bytes(self._model), "step_bytes": step_bytes(self._model),
+                "kv_bytes_per_token": kv_bytes}
+
+
+class Transformers:
+    """Hugging Face's model and cache, called directly: its `generate` would add to every token."""
+
+    def __init__(self, directory: Path, context: int):
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+
+    @torch.inference_mode()
+    def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
+        began = time.perf_counter()
+        out = self._model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        ids = [int(out.logits[0, -1].argmax())]
+        first = time.perf_counter()
+        for _ in range(num_new):
+            out = self._model(torch.tensor([ids[-1:]]), use_cache=True, past_key_values=out.past_key_values,
+                              logits_to_keep=1)
+            ids.append(int(out.logits[0, -1].argmax()))
+        return Turn(first - began, time.perf_counter() - first, ids)
+
+    @torch.inference_mode()
+    def logits(self, prompt: Sequence[int]) -> np.ndarray:
+        return self._model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float().numpy()
+
+    def facts(self) -> dict[str, Any]:
+        import transformers
+
+        return {"version": transformers.__version__}
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's bindings of its C functions, with nothing of Python's in between."""
+
+    def __init__(self, path: Path, context: int):
+        import llama_cpp
+
+        self._lib = llama_cpp
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        refuse_amx()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        self._model = llama_cpp.llama_model_load_from_file(bytes(path), params)
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch = context, context
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+
+    def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
+        self._forget()
+        began = time.perf_counter()
+        ids = [int(self._decode(prompt).argmax())]
+        first = time.perf_counter()
+        for _ in range(num_new):
+            ids.append(int(self._decode(ids[-1:]).argmax()))
+        return Turn(first - began, time.perf_counter() - first, ids)
+
+    def logits(self, prompt: Sequence[int]) -> np.ndarray:
+        self._forget()
+        return self._decode(prompt).copy()
+
+    def _forget(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def _decode(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits after the last of the ids: [vocab], in llama.cpp's own memory until the next call."""
+        tokens = (self._lib.llama_token * len(ids))(*ids)
+        code = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, len(ids)))
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        pointer = self._lib.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
+
+    def facts(self) -> dict[str, Any]:
+        return {"version": self._lib.__version__, "amx": "refused"}
+
+
+class _SignalStack(ctypes.Structure):
+    """stack_t of sigaltstack(2)."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+_SMALL_STACK = ctypes.create_string_buffer(8192)
+
+
+def refuse_amx() -> None:
+    """Keep llama.cpp from its AMX kernels, which end the process at the first prompt (ggml-org/llama.cpp, issue
+    20824): Linux gives no AMX to a process with a signal stack too small for its registers. What it uses instead are
+    those for AVX-512. Without effect where there is no AMX, or where the process has it already."""
+    stack = _SignalStack(ctypes.addressof(_SMALL_STACK), 0, len(_SMALL_STACK))
+    if ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None):
+        raise RuntimeError("sigaltstack failed")
+
+
+class Distant:
+    """A contestant in a process of its own, which begins when it is made."""
+
+    def __init__(self, make: type, arguments: tuple[Any, ...], num_threads: int):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments, num_threads), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()  # once it is loaded
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What a method of the contestant's returns. Raises RuntimeError with what went wrong there."""
+        self._pipe.send((method, arguments))
+        return self._receive()
+
+    def close(self) -> None:
+        """End the process; its memory is free afterwards."""
+        self._pipe.close()
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"a contestant ended with exit code {self._process.exitcode}") from None
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+def _serve(pipe: Connection, make: type, arguments: tuple[Any, ...], num_threads: int) -> None:
+    """A contestant's process: an answer to each message, until the other end closes."""
+    torch.set_num_threads(num_threads)
+    try:
+        contestant = make(*arguments)
+        pipe.send(None)
+        while True:
+            method, arguments = pipe.recv()
+            pipe.send(getattr(contestant, method)(*arguments))
+    except EOFError:
+        return
+    except Exception as error:
+        pipe.send(f"{make.__name__}: {error}")
