@@ -1,7 +1,8 @@
 """The kernels in C, compiled for this machine by its own compiler when they are first needed, and kept.
 
 Without a compiler, or on a processor without the instructions, `library` gives None and `why_not` says why: the
-definitions in PyTorch then do the work. LLAMA_KERNELS=torch in the environment asks for that.
+definitions in PyTorch then do the work. LLAMA_KERNELS=torch in the environment asks for that, LLAMA_KERNELS=vectors for
+kernels that leave the matrix unit alone.
 """
 
 import ctypes
@@ -76,7 +77,8 @@ def kernel_for(fmt: Format, rows: int) -> int:
 @functools.cache
 def has_tiles() -> bool:
     """Whether there is a matrix unit (AMX), and this process may use it."""
-    return library() is not None and bool(library().tiles_allowed())
+    wanted = os.environ.get("LLAMA_KERNELS") != "vectors"
+    return wanted and library() is not None and bool(library().tiles_allowed())
 
 
 @functools.cache
