@@ -2,9 +2,9 @@
 
     python -m benchmarks.structured --tokenizer tokenizer.model
 
-masks: computed by llguidance for each row, and applied in the sampler to all rows, over 128,256 ids, along JSON texts
-that a schema allows. Their share is of the shortest step that the memory allows a model of the 3.2 1B and of the 3.1
-8B shape in bf16. calls: a megabyte of the most awkward text, given at once and 64 characters at a time.
+masks: computed by llguidance for each row, and applied in the sampler to all rows, over 128,256 ids, along a text. Their
+share is of the shortest step that the memory allows a model of the 3.2 1B and of the 3.1 8B shape in bf16. calls: a
+megabyte of awkward text, given at once and 64 characters at a time.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import finish, hardware, read_bandwidth, seconds, show, summary
+from benchmarks.common import begin, finish, seconds, show, summary
+from benchmarks.roofline import read_bandwidth
 from llama.engine.request import SamplingParams
-from llama.engine.sampler import SampleRow, sample
+from llama.engine.sampler import SampleRow, adjust
 from llama.text import grammar
 from llama.text.matcher import GrammarCompiler
 from llama.text.tokenizer import Tokenizer
@@ -26,10 +27,10 @@ from llama.text.tools import ToolCallStream
 
 STEP_BYTES = {"1B": 2.47e9, "8B": 15.0e9}  # of weights that a step reads
 
-_PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0},
-                                            "tags": {"type": "array", "items": {"type": "string"}},
-                                            "address": {"type": "object", "properties": {"street": {"type": "string"}}}},
-           "required": ["name", "age"]}
+_TEXT = {"type": "string"}
+_PERSON = {"type": "object", "required": ["name", "age"], "properties": {
+    "name": _TEXT, "age": {"type": "integer", "minimum": 0}, "tags": {"type": "array", "items": _TEXT},
+    "address": {"type": "object", "properties": {"street": _TEXT}}}}
 _VALUE = {"name": "Ada, Countess of Lovelace", "age": 36, "tags": ["mathematics", "poetry", "Zürich 🦙"],
           "address": {"street": "12 St James's Square"}}
 LANGUAGES = {
@@ -38,33 +39,32 @@ LANGUAGES = {
     "regex": (lambda: grammar.regex(r"([A-Za-z ]+, )*[a-z ]+\."), "Some words, and others, and then an end."),
     "choice": (lambda: grammar.choice(["positive", "negative", "neither of the two"]), "neither of the two"),
 }
-AWKWARD = {"braces": "\n{", "calls begun": '\n{"name":"f","parameters":{"a":', "brackets": '{"name":"f","parameters":{"a":[[],',
-           "calls": '{"name":"f","parameters":{"a":1}};', "lists": "\n[f(a=1, ", "text": "Hello, world. "}
+AWKWARD = {"braces": "\n{", "calls begun": '\n{"name":"f","parameters":{"a":',
+           "brackets": '{"name":"f","parameters":{"a":[[],', "calls": '{"name":"f","parameters":{"a":1}};',
+           "lists": "\n[f(a=1, ", "text": "Hello, world. "}
 
 
 def measure_masks(tokenizer: Tokenizer, num_rows: int, repeats: int) -> dict[str, Any]:
-    """Seconds a step, by language: of the masks, and of sampling with masks and without."""
+    """Seconds a step, by language: to compute the masks of so many rows, and to apply them to the logits."""
     compiler = GrammarCompiler(tokenizer, [tokenizer.token_id("<|eot_id|>")])
-    params = SamplingParams(temperature=0.7, top_p=0.9, top_k=-1, repetition_penalty=1.0)
-    logits = torch.randn(num_rows, tokenizer.vocab_size)
+    compiler.prepare()
+    logits, params = torch.randn(num_rows, tokenizer.vocab_size), SamplingParams()
     results = {}
     for name, (write, text) in LANGUAGES.items():
-        written, masks_took, with_masks, without = write(), [], [], []
-        compiled = [seconds(lambda: compiler(written)) for _ in range(3)]
+        written, computing, applying = write(), [], []
+        compiling = seconds(lambda: compiler(written))
         for _ in range(repeats):
             matchers = [compiler(written) for _ in range(num_rows)]
             for position, token_id in enumerate(tokenizer.encode(text)):
                 began = time.perf_counter()
                 masks = [matcher.masks()[0] for matcher in matchers]
-                masks_took.append(time.perf_counter() - began)
-                for times, given in ((with_masks, masks), (without, [None] * num_rows)):
-                    rows = [SampleRow(params, 0, row, position, mask=mask) for row, mask in enumerate(given)]
-                    times.append(seconds(lambda: sample(logits, rows)))
+                computing.append(time.perf_counter() - began)
+                rows = [SampleRow(params, 0, row, position, mask=mask) for row, mask in enumerate(masks)]
+                applying.append(seconds(lambda: adjust(logits, rows)))
                 for matcher in matchers:
                     matcher.accept(token_id)
-        applying = [one - other for one, other in zip(with_masks, without)]
-        results[name] = {"compile": min(compiled), "masks": summary(masks_took), "applying": summary(applying),
-                         "mean": (sum(masks_took) + sum(applying)) / len(masks_took)}
+        results[name] = {"compile": compiling, "masks": summary(computing), "applying": summary(applying),
+                         "mean": (sum(computing) + sum(applying)) / len(computing)}
     return results
 
 
@@ -92,7 +92,7 @@ def measure_calls() -> dict[str, tuple[float, float]]:
                 stream.push(text[start:start + size])
             stream.finish(is_cut=False)
 
-        results[name] = min(seconds(lambda: read(2**20)) for _ in range(3)), min(seconds(lambda: read(64)) for _ in range(3))
+        results[name] = tuple(min(seconds(lambda: read(size)) for _ in range(3)) for size in (2**20, 64))
     return results
 
 
@@ -102,30 +102,30 @@ def show_masks(results: dict[int, dict[str, Any]], bandwidth: float) -> None:
     rows: list[Sequence[Any]] = []
     for num_rows, by_language in results.items():
         for name, found in by_language.items():
+            parts = [f"{found[part]['median'] * 1e6:.0f} ({found[part]['max'] * 1e6:.0f})"
+                     for part in ("masks", "applying")]
             shares = [f"{found['mean'] / step:.2%}" for step in shortest.values()]
-            rows.append([num_rows, name, f"{found['compile'] * 1e3:.1f} ms", *(
-                f"{found[part]['median'] * 1e6:.0f} ({found[part]['max'] * 1e6:.0f})" for part in ("masks", "applying")),
-                f"{found['mean'] * 1e6:.0f}", *shares])
+            mean = f"{found['mean'] * 1e6:.0f}"
+            rows.append([num_rows, name, f"{found['compile'] * 1e3:.1f} ms", *parts, mean, *shares])
     bounds = ", ".join(f"{name} {step * 1e3:.0f} ms" for name, step in shortest.items())
-    show(f"Microseconds a step, median (largest), at 128,256 ids; the shortest steps that {bandwidth / 1e9:.1f} GB/s allow "
-         f"are {bounds}", ["rows", "language", "compiled in", "masks", "applied", "both, mean",
-                           *(f"of a {name} step" for name in shortest)], rows)
+    show("Microseconds a step, median (largest), at 128,256 ids; the shortest steps that "
+         f"{bandwidth / 1e9:.1f} GB/s allow are {bounds}",
+         ["rows", "language", "compiled in", "masks", "applied", "both, mean",
+          *(f"of {name}" for name in shortest)], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="Meta's tokenizer.model")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args, machine = begin(parser)
     tokenizer, bandwidth = Tokenizer.from_tiktoken_file(Path(args.tokenizer)), read_bandwidth()
-    print(hardware())
     masks = {num_rows: measure_masks(tokenizer, num_rows, args.repeats) for num_rows in (1, 8)}
     show_masks(masks, bandwidth)
     calls = measure_calls()
     show("Milliseconds to look for calls in a megabyte; to be under 50", ["of", "at once", "64 characters at a time"],
          [[name, *(f"{value * 1e3:.1f}" for value in values)] for name, values in calls.items()])
-    finish({"bandwidth": bandwidth, "masks": masks, "calls": calls}, args.json)
+    finish({"machine": machine, "bandwidth": bandwidth, "masks": masks, "calls": calls}, args.json)
 
 
 if __name__ == "__main__":

@@ -100,19 +100,25 @@ def adjust(logits: Tensor, rows: Ordered[SampleRow]) -> Tensor:
         if row.banned:
             line[torch.tensor([*row.banned], device=line.device)] = -torch.inf
     if any(row.mask is not None for row in rows):
-        return adjusted.masked_fill(_forbidden(rows, logits.shape[-1], logits.device), -torch.inf)
+        return _forbidden(rows, logits.shape[-1], logits.device).add_(adjusted)
     return adjusted
 
 
 def _forbidden(rows: Ordered[SampleRow], vocab: int, device: torch.device) -> Tensor:
-    """What the rows' masks leave out: [rows, vocab], bool. They travel to the device as bits."""
+    """-inf for what the rows' masks leave out, 0 for the rest: [rows, vocab], float32.
+
+    The masks travel to the device as bits, and each byte is looked up there: adding is several times as fast as
+    filling by a mask.
+    """
     packed = np.full((len(rows), -(-vocab // 8)), 255, dtype=np.uint8)
     for line, row in zip(packed, rows):
         if row.mask is not None:
             line[:] = 0  # a model may have rows of logits for which its tokenizer has no id
             line[:len(row.mask)] = row.mask[:len(line)]
-    bits = torch.from_numpy(packed).to(device)[:, :, None] & (1 << torch.arange(8, dtype=torch.uint8, device=device))
-    return (bits == 0).view(len(rows), -1)[:, :vocab]  # [rows, bytes, 8] -> [rows, vocab]
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1  # [bytes' values, 8]
+    table = torch.zeros(256, 8, device=device).masked_fill(bits == 0, -torch.inf)
+    places = torch.from_numpy(packed).to(device).int().flatten()
+    return table.index_select(0, places).view(len(rows), -1)[:, :vocab]  # [rows * bytes, 8] -> [rows, vocab]
 
 
 def uniform(seed: int, index: int, position: int) -> float:

@@ -83,15 +83,13 @@ def test_in_a_terminal_each_call_is_asked_about(file):
         assert "degrees" not in terminal.read_until("> ") and calls_of(file("time.sleep(30)")) == []
         terminal.type(f"/reset\n{ASK}\n")
         terminal.read_until("run it? [y/N] ")
-        terminal.type("\x03")
-        terminal.read_until("stopped")
+        terminal.press_ctrl_c("stopped")
         terminal.type(f"/reset\n{ASK}\n")
         terminal.read_until("run it? [y/N] ")
         terminal.type("y\n")
         while not calls_of(file("time.sleep(30)")):
             pass
-        terminal.type("\x03")  # in the middle of the function
-        terminal.read_until("stopped")
+        terminal.press_ctrl_c("stopped")  # in the middle of the function
         terminal.type("/exit\n")
         assert terminal.leave()[0] == 0
 

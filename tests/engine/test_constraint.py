@@ -58,7 +58,6 @@ class Steps:
         return len(guesses)
 
     def accept(self, token_id):
-        assert token_id in self.allowed(self.ids), "a forbidden id was drawn"
         self.ids.append(token_id)
         self.is_over = token_id in EOS
 
@@ -218,8 +217,9 @@ def test_stop_ids_and_limits_end_a_constrained_text_too(model):
 
 def to_the_end(engine):
     events = []
-    while engine.has_work:
+    for _ in range(400):
         events += engine.step()
+    assert not engine.has_work
     return [event for event in events if isinstance(event, TokenEvent)]
 
 
