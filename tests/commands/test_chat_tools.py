@@ -106,4 +106,3 @@ def test_calls_after_one_that_was_stopped_are_not_run():
     conversation.tools.answer = stop
     assert not conversation.answer_calls() and conversation.calls == [] and asked == ["f"]
     assert [message["content"] for message in conversation.messages] == ["The user stopped this call."] * 2
-
