@@ -89,6 +89,9 @@ def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "question. What is piped in is the question, or follows it.")
     parser.add_argument("text", nargs="?", metavar="QUESTION", help="answer this and leave")
     parser.add_argument("--system", metavar="TEXT", help="system message to begin with")
+    parser.add_argument("--tools", metavar="FILE.py", help="let the model call the functions of this file, which "
+                        "is run; each call is shown, and you are asked first")
+    parser.add_argument("--yes", action="store_true", help="run calls without asking")
     parser.add_argument("--stats", action="store_true",
                         help="after each reply, print tokens/s and time to first token")
     _add_sampling_flags(parser)

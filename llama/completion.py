@@ -4,16 +4,23 @@ The completion is the fold of the deltas; there is no second way to it. Free of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llama.engine.request import (Event, FinishReason, PromptEvent, SamplingParams, TokenEvent, TokenLogprob,
                                   TraceEvent)
+from llama.text.certain import CertainCallStream, MoreArguments
 from llama.text.stream import TextStream
 from llama.text.tokenizer import Tokenizer
+from llama.text.tools import ToolCall, ToolCallStream
 
 
 class GenerationError(RuntimeError):
-    """The engine could not go on with a request; the message says why."""
+    """The engine could not go on with a request; the message says why. `field` names what must change in the
+    request, if the fault lies there."""
+
+    def __init__(self, message: str | None, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Usage:
 @dataclass(frozen=True)
 class Completion:
     """One sample of a finished request. logprobs and prompt_logprobs are None where they were not asked for; captured
-    is what the request's trace plan caught, as it came."""
+    is what the request's trace plan caught, as it came. tool_calls: the calls in the reply, where there were tools;
+    `text` is then without them."""
 
     text: str
     ids: tuple[int, ...]
@@ -59,6 +67,20 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob, ...] | None
     usage: Usage
     captured: tuple[TraceEvent, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def with_calls(self, stream: ToolCallStream | CertainCallStream) -> "Completion":
+        """The same, its text read by a new stream: what is a call becomes one."""
+        is_cut = self.finish_reason != "stop" or isinstance(self.stop_reason, str)
+        text, calls = "", []
+        for found in [*stream.push(self.text, self.ids), *stream.finish(is_cut=is_cut)]:
+            if isinstance(found, str):
+                text += found
+            elif isinstance(found, MoreArguments):
+                calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + found.text)
+            else:
+                calls.append(found)
+        return replace(self, text=text, tool_calls=tuple(calls))
 
     @classmethod
     def fold(cls, deltas: Sequence[Delta], params: SamplingParams, num_prompt_tokens: int, num_cached_tokens: int = 0,
@@ -87,7 +109,7 @@ class SampleReader:
         """The delta of one event. Raises GenerationError if the event is one. After the end there is none to read."""
         assert not self.is_done, "the sample has ended"
         if event.finish_reason == "error":
-            raise GenerationError(event.error)
+            raise GenerationError(event.error, event.field)
         reason, stop_reason = event.finish_reason, event.stop_reason
         text = ""
         self._num_tokens += 1

@@ -5,7 +5,7 @@
     llm.chat([{"role": "user", "content": "Hello"}]).text
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ from llama.model.ragged import RaggedBatch, Segment
 from llama.model.transformer import Llama as Transformer
 from llama.progress import ProgressBar
 from llama.text.chat import ChatTemplate
+from llama.text.functions import tool_schema
+from llama.text.matcher import GrammarCompiler
 from llama.text.tokenizer import Tokenizer
+from llama.toolbox import Toolbox
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+Tool = Callable[..., Any] | Mapping[str, Any]
 
 
 class Llama:
@@ -45,13 +49,14 @@ class Llama:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None, engine: Engine,
-                 defaults: SamplingParams, directory: Path):
+                 defaults: SamplingParams, directory: Path, grammars: GrammarCompiler):
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
         self.engine = engine
         self.defaults = defaults
         self.directory = directory
+        self.grammars = grammars
         self._driver = Driver(engine, tokenizer)
 
     @classmethod
@@ -87,8 +92,10 @@ class Llama:
         proposer = PromptLookup() if prompt_lookup else None
         if draft is not None:
             proposer = _load_draft(draft, tokenizer, model, num_blocks, progress)
-        engine = Engine(model, limits, num_blocks, eos_token_ids or config.eos_token_ids, proposer)
-        return cls(model, tokenizer, template, engine, defaults, directory)
+        eos_token_ids = eos_token_ids or config.eos_token_ids
+        grammars = GrammarCompiler(tokenizer, eos_token_ids)
+        engine = Engine(model, limits, num_blocks, eos_token_ids, proposer, compiler=grammars)
+        return cls(model, tokenizer, template, engine, defaults, directory, grammars)
 
     @property
     def config(self) -> LlamaConfig:
@@ -110,13 +117,21 @@ class Llama:
             return results[0]
         return results
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, *,
+             tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **template: Any
              ) -> Completion | list[Completion]:
-        """Answer a conversation. `template` takes the options of `ChatTemplate.render`: tools, date_string, ...
+        """Answer a conversation. `template` takes the options of `ChatTemplate.render`: date_string, ...
 
-        Raises ChatError where the messages are malformed or the checkpoint has no template; RequestError.
+        tools: OpenAI's definitions, or functions, of which signature and docstring tell the same; the calls that the
+        reply makes are in its tool_calls. tool_choice: "auto", "none", "required" (a call, whose arguments satisfy
+        the schema), or the name of the tool that is to be called.
+        Raises ChatError where the messages are malformed or the checkpoint has no template; RequestError;
+        ToolError for a function that cannot be a tool; GrammarError for a schema that cannot be guaranteed.
         """
-        return self.generate(self.encode_chat(messages, **template), params)
+        toolbox = Toolbox(tools or (), tool_choice, template.get("builtin_tools") or ())
+        ids = self.encode_chat(messages, tools=toolbox.definitions or None, **template)
+        params = toolbox.constrain(params or SamplingParams())
+        return toolbox.read(self.generate(ids, params), self.tokenizer)
 
     def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None, **template: Any
                ) -> Iterator[Delta]:
@@ -147,6 +162,8 @@ class Llama:
         """The prompt's ids for a conversation, as the checkpoint's template writes it."""
         if self.template is None:
             raise RequestError("messages", f"{self.directory} has no chat template; use generate() with a prompt")
+        if template.get("tools"):
+            template["tools"] = [tool_schema(tool) for tool in template["tools"]]
         return self.template.encode(self.tokenizer, messages, **template)
 
     def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama.engine.request import SamplingParams
+from server.constraints import Constraint
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Call:
     prompt_logprobs: alternatives to report beside each token of the prompts, None for no report; `params` may
     ask the engine for more of them. is_scoring: nothing is wanted but the prompt (max_tokens 0); as an engine
     generates at least one token, params has max_tokens 1, and the token is dropped. tool_names: what a reply
-    may call; () if replies are text. parallel_tool_calls: whether it may call more than once.
+    may call; () if replies are text. constraint: what the reply must be; `params` has its grammar.
     """
 
     kind: Literal["chat", "completion"]
@@ -29,7 +30,7 @@ class Call:
     prompt_logprobs: int | None = None
     is_scoring: bool = False
     tool_names: tuple[str, ...] = ()
-    parallel_tool_calls: bool = True
+    constraint: Constraint = Constraint()
 
     @property
     def num_choices(self) -> int:

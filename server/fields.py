@@ -94,21 +94,17 @@ class Null(Type):
 
 @dataclass(frozen=True)
 class Boolean(Type):
-    """true or false; `only` one of them, if that is given."""
+    """true or false."""
 
-    only: bool | None = None
-
-    @property
-    def what(self) -> str:
-        return "true or false" if self.only is None else shown(self.only)
+    what = "true or false"
 
     def check(self, value: Any, place: Place) -> bool:
-        if not isinstance(value, bool) or self.only not in (None, value):
+        if not isinstance(value, bool):
             raise self.refuse(value, place)
         return value
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "boolean"} if self.only is None else {"const": self.only}
+        return {"type": "boolean"}
 
 
 @dataclass(frozen=True)

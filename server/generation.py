@@ -170,8 +170,15 @@ class _Run:
             try:
                 chunks += self._read_one(event)
             except GenerationError as error:
-                return chunks, _FailedError("error", ApiError(500, str(error), code="generation_failed"))
+                return chunks, _FailedError("refused" if error.field else "error", self._answer(error))
         return chunks, None
+
+    def _answer(self, error: GenerationError) -> ApiError:
+        """How to say that the engine gave up: it is to blame, or a field of the request is."""
+        if error.field is None:
+            return ApiError(500, str(error), code="generation_failed")
+        param = self.call.constraint.field if error.field == "grammar" else error.field
+        return ApiError(400, str(error), param=param, code="invalid_value")
 
     def _read_one(self, event: TokenEvent | PromptEvent) -> list[Chunk]:
         reader = self._readers[event.request_id]

@@ -16,6 +16,7 @@ from llama.text.tokenizer import TokenizerError
 from llama.text.tools import BUILTIN_TOOLS
 from server.body import read_json
 from server.call import Call
+from server.constraints import called_tools, read_constraint
 from server.errors import ApiError, refusal
 from server.fields import FieldError, place_name
 from server.objects import Object
@@ -42,12 +43,13 @@ def parse_chat(body: bytes, served: Served, name: str | None = None) -> Call:
     _check_chat(values)
     ids, echo_text = _encode_chat(values, served)
     limit = _max_tokens_field(values)
+    tools = called_tools(values)
+    constraint = read_constraint(values, tools)
     params = _params(values, max_tokens=values[limit], prompt_logprobs=values["prompt_logprobs"],
-                     logprobs=values["top_logprobs"] if values["logprobs"] else None)
+                     logprobs=values["top_logprobs"] if values["logprobs"] else None, grammar=constraint.grammar)
     call = Call("chat", values["model"], (tuple(ids),), params, **_delivery(values),
                 echo_texts=(echo_text,) if values["echo"] else (), prompt_logprobs=values["prompt_logprobs"],
-                tool_names=tuple(tool["function"]["name"] for tool in _tools(values)),
-                parallel_tool_calls=values["parallel_tool_calls"] is not False)
+                tool_names=tuple(tool["function"]["name"] for tool in tools), constraint=constraint)
     _check_size(call, served, ["messages"], limit)
     return call
 
@@ -67,10 +69,12 @@ def parse_completion(body: bytes, served: Served) -> Call:
         echo_texts = tuple(_decode(ids, served, place, skip_special_tokens=values["skip_special_tokens"])
                            for ids, place in zip(prompts, places))
     wanted = [values["prompt_logprobs"], values["logprobs"] if values["echo"] else None]
+    constraint = read_constraint(values)
     params = _params(values, max_tokens=max(values["max_tokens"], 1), logprobs=values["logprobs"],
-                     prompt_logprobs=max((count for count in wanted if count is not None), default=None))
+                     prompt_logprobs=max((count for count in wanted if count is not None), default=None),
+                     grammar=constraint.grammar)
     call = Call("completion", values["model"], prompts, params, **_delivery(values), echo_texts=echo_texts,
-                prompt_logprobs=values["prompt_logprobs"], is_scoring=is_scoring)
+                prompt_logprobs=values["prompt_logprobs"], is_scoring=is_scoring, constraint=constraint)
     _check_size(call, served, places, "max_tokens")
     return call
 
@@ -117,7 +121,7 @@ def _read(body: bytes, table: Object, served: Served, name: str | None = None) -
     return values
 
 
-def _params(values: Mapping[str, Any], **own: int | None) -> SamplingParams:
+def _params(values: Mapping[str, Any], **own: int | str | None) -> SamplingParams:
     try:
         return SamplingParams(**{name: values[name] for name in _SAMPLING}, **own)
     except RequestError as error:

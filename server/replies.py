@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from server.fields import AnyOf, Array, Choice, Integer, Null, Number, String, Type
 from server.logprobs import LOWEST
-from server.objects import Field, Map, Object, ObjectText
+from server.objects import Field, Map, Object
 from server.tables import COUNT
 
 _COUNT = Integer(0, COUNT)
@@ -60,7 +60,8 @@ _TEXT_CHOICE = _all(index=_COUNT, text=String(), logprobs=_or_null(COMPLETION_LO
 
 _FUNCTION = Choice(("function",))
 _CALL = Object(_all(id=String(1), type=_FUNCTION,
-                    function=Object(_all(name=String(1), arguments=ObjectText()))))
+                    function=Object({**_all(name=String(1)), "arguments": Field(
+                        String(), "a JSON object; only its beginning where the reply was cut", required=True)})))
 _CALL_PART = Object({
     **_all(index=_COUNT), "id": Field(String(1), "only where a call begins"), "type": Field(_FUNCTION),
     "function": Field(Object({"name": Field(String(1)), **_all(arguments=String())}),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.engine.request import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS, SamplingParams
+from llama.text.grammar import MAX_CHOICES, MAX_SOURCE
 from llama.text.messages import ROLES
 from server.fields import AnyOf, Array, Boolean, Choice, Integer, Null, Number, Refused, String
 from server.objects import AnyObject, Field, Map, Object, ObjectText, TokenKey
@@ -22,7 +23,6 @@ MAX_STOP_IDS = 256
 MAX_BIASES = 1024
 MAX_LISTED_TOKENS = 2**20  # of /detokenize: what a body of 4 MiB may hold is more than any context
 
-_NOT_YET = " yet: replies are plain text for now"
 _TAG = String(0, 512)  # what clients write down for themselves
 
 TOOL_CALL = Object({
@@ -57,24 +57,28 @@ TOOL = Object({
         "name": Field(String(pattern="[a-zA-Z0-9_-]{1,64}"), required=True),
         "description": Field(String()),
         "parameters": Field(AnyObject(), "a JSON schema"),
-        "strict": Field(AnyOf((Boolean(False), Refused(Boolean(True), _NOT_YET)))),
+        "strict": Field(Boolean(), "whether the arguments of every call satisfy the schema; with a tool_choice that "
+                        "makes a call they do in any case"),
     }), required=True),
 })
 TOOLS = Array(TOOL, 0, MAX_TOOLS, "tools")
 
 TOOL_CHOICE = AnyOf((
-    Choice(("none", "auto")),
-    Refused(Choice(("required",)), _NOT_YET),
-    Refused(Object({
+    Choice(("none", "auto", "required")),
+    Object({
         "type": Field(Choice(("function",)), required=True),
         "function": Field(Object({"name": Field(String(1, 256), required=True)}), required=True),
-    }), _NOT_YET),
+    }),
 ))
 
 RESPONSE_FORMAT = Object({
-    "type": Field(AnyOf((Choice(("text",)), Refused(Choice(("json_object", "json_schema")), _NOT_YET))),
-                  required=True),
-    "json_schema": Field(Refused(AnyObject(), _NOT_YET)),
+    "type": Field(Choice(("text", "json_object", "json_schema")), required=True),
+    "json_schema": Field(Object({
+        "name": Field(String(pattern="[a-zA-Z0-9_-]{1,64}")),
+        "description": Field(String()),
+        "schema": Field(AnyObject(), "a JSON schema, which the text satisfies", required=True),
+        "strict": Field(Boolean(), "the text satisfies the schema in any case"),
+    })),
 })
 
 STREAM_OPTIONS = Object({
@@ -110,10 +114,10 @@ def chat_request(model: str, defaults: SamplingParams, vocab_size: int) -> Objec
         "top_logprobs": Field(Integer(0, MAX_LOGPROBS), "alternatives beside each token; needs logprobs", 0),
         **_delivery(),
         "tools": Field(TOOLS, "functions that the model may call"),
-        "tool_choice": Field(TOOL_CHOICE, 'with tools, by default "auto"; "none" hides them from the model'),
-        "parallel_tool_calls": Field(AnyOf((Boolean(True), Refused(Boolean(False), _NOT_YET))),
-                                     "only with tools"),
-        "response_format": Field(RESPONSE_FORMAT),
+        "tool_choice": Field(TOOL_CHOICE, 'with tools, by default "auto"; "none" hides them from the model; '
+                             '"required" and a name make it call one'),
+        "parallel_tool_calls": Field(Boolean(), "only with tools: false for one call at most"),
+        **_constraints(),
         "echo": Field(Boolean(), "begin the reply with the text of the message that it continues; needs "
                       "continue_final_message", False),
         **TEMPLATE,
@@ -132,6 +136,7 @@ def completion_request(model: str, defaults: SamplingParams, vocab_size: int, ma
         "logprobs": Field(Integer(0, MAX_LOGPROBS), "report each token's log probability, before temperature "
                           "and penalties, and so many alternatives; with echo, the prompt's too"),
         **_delivery(),
+        **_constraints(),
         "echo": Field(Boolean(), "begin the text with the prompt", False),
         **WITHOUT_EFFECT,
     })
@@ -198,6 +203,17 @@ def _sampling(defaults: SamplingParams, vocab_size: int) -> Mapping[str, Field]:
                             "alternatives", None),
     }
     return {name: Field(type, note, default) for name, (type, note, default) in values.items()}
+
+
+def _constraints() -> Mapping[str, Field]:
+    """What a reply must be: at most one of these."""
+    return {
+        "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema"),
+        "guided_json": Field(AnyOf((AnyObject(), ObjectText())), "a JSON schema that the text satisfies"),
+        "guided_regex": Field(String(1, MAX_SOURCE), "a regular expression that matches the whole text"),
+        "guided_choice": Field(Array(String(1), 1, MAX_CHOICES, "texts"), "what the text may be"),
+        "guided_grammar": Field(String(1, MAX_SOURCE), "a context-free grammar of the text, as Lark writes them"),
+    }
 
 
 def _delivery() -> Mapping[str, Field]:

@@ -9,6 +9,7 @@ command comes. Signals that address everybody (Ctrl-C in a terminal, a service m
 front, which decides what becomes of the work: this process ends when the front closes the pipe.
 """
 
+import contextlib
 import gc
 import os
 import pkgutil
@@ -23,6 +24,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from llama.engine.request import Event, QueueFullError, Request, RequestError, TokenEvent
+from llama.text.grammar import GrammarError
 from server import isolate, wire
 from server.wire import BEAT_SECONDS, EngineSpec, Loaded
 
@@ -62,6 +64,8 @@ def load(spec: EngineSpec) -> tuple[Engine, Loaded]:
         torch.set_num_threads(spec.threads)
     options = dict(spec.options)
     llm = Llama.load(spec.model, limits={**options.pop("limits", {}), **UNBOUNDED}, **options)
+    with contextlib.suppress(GrammarError):  # without the extra, requests with grammars are refused
+        llm.grammars.prepare()
     limits, pool = llm.engine.scheduler.limits, llm.engine.scheduler.pool
     room = pool.num_blocks * pool.block_size
     details = {"directory": str(llm.directory), "dtype": str(llm.model.dtype).removeprefix("torch."),
@@ -133,7 +137,7 @@ class Worker:
         try:
             engine.submit(request)
         except (RequestError, QueueFullError) as error:
-            return self._errors(request.id, str(error))
+            return self._errors(request.id, str(error), getattr(error, "field", None))
         return []
 
     def _cancel(self, engine: Engine, request_id: str, index: int | None) -> None:
@@ -151,9 +155,9 @@ class Worker:
                 if not left:
                     self._open.pop(event.request_id, None)
 
-    def _errors(self, request_id: str, why: str) -> list[Event]:
-        """The end of every sample of a request that has not ended yet."""
-        return [TokenEvent(request_id, index, None, finish_reason="error", error=why)
+    def _errors(self, request_id: str, why: str, field: str | None = None) -> list[Event]:
+        """The end of every sample of a request that has not ended yet. field: of the request, if it is to blame."""
+        return [TokenEvent(request_id, index, None, finish_reason="error", error=why, field=field)
                 for index in sorted(self._open.pop(request_id, ()))]
 
     # ---- the pipe ----------------------------------------------------------------------------------------

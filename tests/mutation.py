@@ -29,7 +29,8 @@ MOST_SECONDS = 300  # of the processor: a fault may well keep a test from ending
 _BOOKS = ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_lifecycle.py",
           "engine/test_interleaving.py")
 _SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py")
-_ENGINE = ("engine/test_engine_limits.py", "engine/test_engine.py")
+_ENGINE = ("engine/test_constraint.py", "engine/test_engine_limits.py", "engine/test_engine.py")
+_GRAMMAR = ("text/test_grammar.py", "text/test_certain.py", "text/test_json_schema.py")
 TESTS = {
     "model/rope.py": ("model/test_rope.py",),
     "model/attention.py": ("model/test_attention.py",),
@@ -41,14 +42,19 @@ TESTS = {
     "runtime.py": ("test_runtime.py",),
     "engine/blocks.py": _BOOKS,
     "engine/runs.py": ("engine/test_runs.py",),
-    "engine/scheduler.py": _BOOKS,
+    "engine/scheduler.py": (*_BOOKS, "engine/test_constraint.py"),
     "engine/sequence.py": (*_BOOKS, *_ENGINE),
     "engine/propose.py": ("engine/test_propose.py",),
     "engine/draft.py": ("engine/test_draft.py",),
-    "engine/sampler.py": _SAMPLER,
+    "engine/sampler.py": (*_SAMPLER, "engine/test_constraint.py"),
     "engine/batch.py": ("engine/test_batch.py",),
     "engine/engine.py": _ENGINE,
     "completion.py": ("test_completion.py",),
+    "text/matcher.py": _GRAMMAR,
+    "text/grammar.py": _GRAMMAR,
+    "text/schema.py": _GRAMMAR,
+    "text/toolgrammar.py": ("text/test_certain.py",),
+    "text/certain.py": ("text/test_certain.py",),
 }
 
 

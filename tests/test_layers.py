@@ -20,7 +20,8 @@ LAYERS = {
     "checkpoint": ["llama.checkpoint"],
     "engine": ["llama.engine"],
     "internals": ["llama.internals"],
-    "runtime": ["llama.runtime", "llama.driver", "llama.completion", "llama.generation_config", "llama.flags"],
+    "runtime": ["llama.runtime", "llama.driver", "llama.completion", "llama.toolbox",
+                "llama.generation_config", "llama.flags"],
     "evaluation": ["llama.evaluation"],
     "facade": ["llama"],
     "server": ["server"],
@@ -28,7 +29,8 @@ LAYERS = {
 }
 STRANGERS = {("model", "text"), ("engine", "text")}  # lower, and yet not to be imported by the first
 WITHOUT_TORCH = ["llama.config", "llama.strict_json", "llama.machine", "llama.text", "llama.engine.request",
-                 "llama.engine.runs", "llama.engine.blocks", "llama.engine.scheduler"]
+                 "llama.engine.runs", "llama.engine.blocks", "llama.engine.scheduler", "llama.engine.step",
+                 "llama.engine.constraint"]
 STARTS_WITHOUT_TORCH = ["llama", "server"]
 BRING_TORCH = {"torch", "triton", "transformers", "safetensors.torch"}
 DEPENDENCIES = {"torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy", "huggingface_hub",

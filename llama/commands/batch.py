@@ -80,9 +80,11 @@ def _check(llm: "Llama", source: Path, jobs: Iterable[Job]) -> None:
     for job in jobs:
         try:
             ids, params = _encode(llm, job), job.params.with_defaults(llm.defaults)
+            if params.grammar is not None:
+                llm.grammars(params.grammar)
             llm.engine.submit(Request("check", tuple(ids), params))
             llm.engine.cancel("check")
-        except ValueError as error:  # RequestError, ChatError or TokenizerError
+        except ValueError as error:  # RequestError, ChatError, TokenizerError or GrammarError
             raise CommandError(f"{source}, line {job.line}: {error}") from error
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Ordered
 import numpy as np
 import torch
 
-from llama.engine.scheduler import Scheduled
+from llama.engine.step import Scheduled
 from llama.model.ragged import RaggedBatch, Segment, block_slots, slot_runs
 
 

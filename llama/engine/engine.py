@@ -5,17 +5,21 @@
     commit  append what was drawn, end what has ended, report                       (scheduler)
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence as Ordered
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llama.engine.batch import ragged_batch
 from llama.engine.blocks import BlockPool
+from llama.engine.constraint import PATIENCE_SECONDS, Compilation, Compiler, ConstraintError
 from llama.engine.propose import Proposer
-from llama.engine.request import Event, Request, RequestError, StepError, TokenLogprob
+from llama.engine.request import Event, Request, RequestError, StepError, TokenEvent, TokenLogprob
 from llama.engine.sampler import SampleRow, log_probabilities, sample
-from llama.engine.scheduler import Limits, Outcome, Plan, Scheduled, Scheduler
+from llama.engine.scheduler import Limits, Scheduler
+from llama.engine.sequence import Sequence
+from llama.engine.step import Outcome, Plan, Scheduled
 from llama.engine.tracing import bound_plan, look_at_logits, step_tap, trace_events
 from llama.model.cache import KVCache
 from llama.model.plan import BoundPlan
@@ -32,19 +36,22 @@ class Engine:
     """One model, one cache, any number of requests. Not thread-safe: one caller submits, cancels and steps.
 
     num_blocks: size of the KV cache, in blocks of BLOCK_SIZE positions. eos_token_ids: what ends a turn.
+    compiler: of grammars; without one, requests must have none.
     """
 
     def __init__(self, model: Llama, limits: Limits, num_blocks: int, eos_token_ids: Iterable[int] = (),
-                 proposer: Proposer | None = None, prefix_sharing: bool = True):
+                 proposer: Proposer | None = None, prefix_sharing: bool = True, compiler: Compiler | None = None):
         self.model = model
         self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device)
         pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(limits, pool, tuple(eos_token_ids), proposer, prefix_sharing)
+        self._compilation = None if compiler is None else Compilation(compiler)
+        self._refusals: list[Event] = []  # the ends of sequences that were not reported yet
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._refusals)
 
     @property
     def cache_usage(self) -> float:
@@ -65,7 +72,11 @@ class Engine:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(field, f"{field} has the id {token_id}, which is outside the vocabulary of "
                                        f"{vocab_size} tokens")
-        self.scheduler.add(request, None if request.trace is None else self.bound_plan(request))
+        if request.params.grammar is not None and self._compilation is None:
+            raise RequestError("grammar", "this engine takes no grammars: it was made without a compiler for them")
+        sequence = self.scheduler.add(request, None if request.trace is None else self.bound_plan(request))
+        if request.params.grammar is not None:
+            self._compilation.begin(sequence)
 
     def bound_plan(self, request: Request) -> BoundPlan:
         """What a request's trace plan comes to on this model. Raises RequestError, whose field is `trace`."""
@@ -85,18 +96,39 @@ class Engine:
         Raises StepError if it cannot be computed. All is then as if it had not been tried, so that it can be
         tried again for some of those requests, with the same draws.
         """
+        self._take_constraints()
         plan = self.scheduler.plan(only)
         if not plan.scheduled:
-            return []
+            self._take_constraints(PATIENCE_SECONDS)
+            return self._take_refusals()
         try:
-            outcomes, events = self._run(plan)
+            outcomes, captured = self._run(plan)
+        except ConstraintError as error:
+            self._refuse(error.sequence, str(error))
+            return self._take_refusals()
         except Exception as error:
             names = dict.fromkeys(item.sequence.request.id for item in plan.scheduled)
             raise StepError(tuple(names)) from error
-        events += self.scheduler.commit(plan, outcomes)
+        events = [*self._take_refusals(), *captured, *self.scheduler.commit(plan, outcomes)]
         if not self.has_work:
             self.check()
         return events
+
+    def _take_constraints(self, patience: float = 0.0) -> None:
+        """Hand out the constraints that are compiled by now, having waited so many seconds for one."""
+        for sequence, why in self._compilation.finish(patience) if self._compilation else ():
+            self._refuse(sequence, why)
+
+    def _refuse(self, sequence: Sequence, why: str) -> None:
+        """End a sequence that cannot follow its grammar, with the samples that would have split off from it."""
+        request_id = sequence.request.id
+        self._refusals += [TokenEvent(request_id, index, None, finish_reason="error", error=why, field="grammar")
+                           for index in sequence.samples if self.scheduler.cancel(request_id, index)]
+
+    def _take_refusals(self) -> list[Event]:
+        """The ends to report; a step that fails leaves them to the next."""
+        refusals, self._refusals = self._refusals, []
+        return refusals
 
     def _run(self, plan: Plan) -> tuple[list[Outcome], list[Event]]:
         """The step's outcomes, and what trace plans captured in it."""
@@ -120,8 +152,9 @@ class Engine:
         first = 0
         for item in plan.scheduled:
             if item.samples:
+                masks = _masks(item)
                 for index in item.sequence.samples:
-                    rows += self._sample_rows(item, index)
+                    rows += self._sample_rows(item, index, masks)
                     places += range(first, first + 1 + len(item.draft))
                 first += 1 + len(item.draft)
         drawn = iter(sample(logits if len(places) == len(logits) else logits[places], rows))
@@ -129,7 +162,7 @@ class Engine:
                       for _ in item.sequence.samples) if item.samples else ()
                 for item in plan.scheduled]
 
-    def _sample_rows(self, item: Scheduled, index: int) -> list[SampleRow]:
+    def _sample_rows(self, item: Scheduled, index: int, masks: Ordered[np.ndarray | None]) -> list[SampleRow]:
         """One row for the token after the last known one, and one after each guess, as if those were known."""
         sequence, params = item.sequence, item.sequence.request.params
         rows, counts = [], sequence.counts
@@ -137,10 +170,14 @@ class Engine:
             if guessed:
                 counts = counts.copy()
                 counts[item.draft[guessed - 1]] += 1
+            mask, banned = masks[guessed], ()
             too_short = sequence.num_generated + guessed < params.min_tokens
-            banned = (*self.scheduler.eos_token_ids, *params.stop_token_ids) if too_short else ()
+            if too_short:
+                banned = (*self.scheduler.eos_token_ids, *params.stop_token_ids)
+                if mask is not None and not _leaves_any(mask, banned):
+                    banned = ()  # the text is whole: its grammar has nothing more to say
             rows.append(SampleRow(params, sequence.seed, index, len(sequence.ids) + guessed,
-                                  sequence.request.prompt_ids, counts, banned))
+                                  sequence.request.prompt_ids, counts, banned, mask))
         return rows
 
     def _score_prompts(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[TokenLogprob, ...]]:
@@ -164,3 +201,22 @@ class Engine:
     def check(self) -> None:
         """Raise AssertionError unless the books agree with each other."""
         self.scheduler.check()
+
+
+def _masks(item: Scheduled) -> Ordered[np.ndarray | None]:
+    """What the grammar allows in each of a sequence's rows, if it has one. Raises ConstraintError."""
+    constraint = item.sequence.constraint
+    if constraint is None:
+        return [None] * (1 + len(item.draft))
+    try:
+        return constraint.masks(item.draft)
+    except ValueError as error:
+        raise ConstraintError(item.sequence, str(error)) from error
+
+
+def _leaves_any(mask: np.ndarray, banned: Iterable[int]) -> bool:
+    """Whether a mask ([bytes], a bit an id) allows anything but these ids."""
+    left = mask.copy()
+    for token_id in banned:
+        left[token_id // 8:token_id // 8 + 1] &= 255 ^ 1 << token_id % 8  # none there: a row without an id
+    return bool(left.any())

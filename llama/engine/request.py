@@ -56,6 +56,8 @@ class SamplingParams:
     n: how many continuations of the one prompt.
     logprobs, prompt_logprobs: None, or how many alternatives to report beside each token's log probability,
         taken from the raw logits: before penalties and temperature.
+    grammar: what the text must be, as one of the functions of `llama.text.grammar` writes it; None for any text.
+        It ends where the grammar leaves nothing else, also before min_tokens.
     """
 
     max_tokens: int | None = None
@@ -77,6 +79,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -114,6 +117,10 @@ class SamplingParams:
                 raise RequestError("logit_bias", f"logit_bias must map token ids, not {token_id!r}")
             if not _is_number(bias) or not -100 <= bias <= 100:
                 raise RequestError("logit_bias", f"logit_bias of {token_id} must be from -100 to 100, not {bias!r}")
+        if not isinstance(self.grammar, str | None):
+            raise RequestError("grammar", f"grammar must be one that llama.text.grammar wrote, not {self.grammar!r}")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos", "ignore_eos does not go with a grammar, which says where the text ends")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError("min_tokens", f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
 
@@ -154,7 +161,7 @@ class TokenEvent:
 
     finish_reason "stop" without stop_reason: the model ended its turn; with it: that id of stop_token_ids. The
     token that stops is in token_id, as it was drawn. "error" ends a request that could not go on: token_id is
-    None and `error` says why.
+    None and `error` says why; `field` names what must change in the request, if the fault lies there.
     """
 
     request_id: str
@@ -164,6 +171,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    field: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ blocks, in the pool, for as long as nobody needs the room.
 import secrets
 from collections import deque
 from collections.abc import Container, Sequence as Ordered
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llama.engine.blocks import BlockPool, root_digest
 from llama.engine.propose import Proposer
 from llama.engine.request import (Event, PromptEvent, QueueFullError, Request, RequestError, TokenEvent,
                                   TokenLogprob)
 from llama.engine.sequence import Sequence
+from llama.engine.step import Outcome, Plan, Scheduled
 from llama.model.plan import BoundPlan
 
 
@@ -34,50 +35,6 @@ class Limits:
     mixed_step_tokens: int = 64
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
-
-
-@dataclass(frozen=True)
-class Scheduled:
-    """`length` tokens of a sequence, from position `start` on, the last of them guesses (`draft`)."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    draft: tuple[int, ...] = ()
-
-    @property
-    def ids(self) -> list[int]:
-        """The tokens themselves."""
-        return [*self.sequence.ids[self.start:self.start + self.length - len(self.draft)], *self.draft]
-
-    @property
-    def samples(self) -> bool:
-        """Whether this reaches the end of what is known, so that the next token can be drawn."""
-        return self.start + self.length - len(self.draft) == len(self.sequence.ids)
-
-
-@dataclass
-class Plan:
-    """One step: what is computed, after copying blocks that are about to diverge, as (source, target).
-
-    Whoever has made a copy strikes it off: those of a step that failed before are left to the next.
-    """
-
-    scheduled: list[Scheduled] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out for one Scheduled.
-
-    draws: per sample (one, or all n of a request right after its prompt), the tokens drawn one after another:
-    one for each of the draft's tokens and one more. prompt: log probabilities of the prompt's tokens from
-    position start + 1 on, as far as this chunk knows them; empty where none are wanted.
-    """
-
-    draws: tuple[tuple[TokenLogprob, ...], ...] = ()
-    prompt: tuple[TokenLogprob, ...] = ()
 
 
 class Scheduler:
@@ -101,7 +58,7 @@ class Scheduler:
 
     # ---- requests come and go -------------------------------------------------------------------------------
 
-    def add(self, request: Request, plan: BoundPlan | None = None) -> None:
+    def add(self, request: Request, plan: BoundPlan | None = None) -> Sequence:
         """Queue a request, with its trace plan if it has one. Raises RequestError if it can never run, QueueFullError
         if too much waits."""
         self._refuse_impossible(request)
@@ -113,7 +70,9 @@ class Scheduler:
         params = request.params
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         root = root_digest(request.salt, "" if plan is None else plan.digest)
-        self.waiting.append(Sequence(request, seed, root, forks=tuple(range(1, params.n)), plan=plan))
+        sequence = Sequence(request, seed, root, forks=tuple(range(1, params.n)), plan=plan)
+        self.waiting.append(sequence)
+        return sequence
 
     def _refuse_impossible(self, request: Request) -> None:
         num_prompt, params, limits = len(request.prompt_ids), request.params, self.limits
@@ -175,7 +134,7 @@ class Scheduler:
         for sequence in running:
             if sequence not in self.running:
                 continue  # gave its blocks to an older one just now
-            length = 1 if sequence.is_decoding else min(sequence.num_pending, budget)
+            length = 1 if sequence.is_decoding else min(sequence.num_ready, budget)
             if length and self._make_room(sequence, length, plan):
                 plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
                 budget -= 0 if sequence.is_decoding else length
@@ -186,10 +145,11 @@ class Scheduler:
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            length = min(sequence.num_pending, budget)
+            length = min(sequence.num_ready, budget)
             budget -= length
-            self._make_room(sequence, length, plan)
-            plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
+            if length:
+                self._make_room(sequence, length, plan)
+                plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
         if self.proposer is not None:
             self._add_drafts(plan, limit - sum(item.length for item in plan.scheduled))
         return plan
@@ -203,7 +163,7 @@ class Scheduler:
             room = (len(sequence.table) + self.pool.num_available) * block_size - item.start - item.length
             most = min(budget, room, self.max_ids(sequence.request) - len(sequence.ids) - 1)
             if sequence.is_decoding and most > 0:
-                draft = self.proposer.propose(sequence, most)
+                draft = sequence.allowed(self.proposer.propose(sequence, most))
                 plan.scheduled[place] = Scheduled(sequence, item.start, item.length + len(draft), draft)
                 self._make_room(sequence, item.length + len(draft), plan)
                 budget -= len(draft)
@@ -333,6 +293,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> tuple[str | None, int | None]:
         """Whether the token just appended is a sequence's last, and why."""
         params, token_id = sequence.request.params, sequence.ids[-1]
+        if sequence.constraint is not None and sequence.constraint.is_over:
+            return "stop", None
         if sequence.num_generated > params.min_tokens or params.min_tokens == 0:
             if token_id in params.stop_token_ids:
                 return "stop", token_id

@@ -3,10 +3,14 @@
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from llama.engine.blocks import block_digest
 from llama.engine.request import Request
 from llama.model.plan import BoundPlan
+
+if TYPE_CHECKING:
+    from llama.engine.constraint import Constraint
 
 
 @dataclass(eq=False)
@@ -18,7 +22,8 @@ class Sequence:
     prompt whose log probabilities were reported. forks: samples that split off when the prompt is computed.
     seed: with index and position, it fixes every draw. digests: the chain of full blocks' names, grown on demand
     from the request's root. counts: how often each id was generated. draft_success: recent share of guesses
-    that came true. plan: the request's, for this model.
+    that came true. plan: the request's, for this model. constraint: where the reply is in the request's grammar, once
+    that is compiled.
     """
 
     request: Request
@@ -35,6 +40,7 @@ class Sequence:
     counts: Counter[int] = field(default_factory=Counter)
     draft_success: float = 1.0
     plan: BoundPlan | None = None
+    constraint: "Constraint | None" = None
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -61,6 +67,12 @@ class Sequence:
         return len(self.ids) - self.num_computed
 
     @property
+    def num_ready(self) -> int:
+        """Of these, how many can be computed now: without its constraint, no token can be drawn after the last."""
+        is_compiling = self.request.params.grammar is not None and self.constraint is None
+        return self.num_pending - is_compiling
+
+    @property
     def is_decoding(self) -> bool:
         """Whether all but the token generated last is computed."""
         return self.num_pending == 1 and self.num_generated > 0
@@ -81,6 +93,12 @@ class Sequence:
         """Add a generated token."""
         self.ids.append(token_id)
         self.counts[token_id] += 1
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
+
+    def allowed(self, guesses: tuple[int, ...]) -> tuple[int, ...]:
+        """The guesses up to the first that the constraint forbids."""
+        return guesses if self.constraint is None else guesses[:self.constraint.num_allowed(guesses)]
 
     def learn(self, num_guessed: int, num_right: int) -> None:
         """Remember how well guesses did: a running mean over about the last four drafts."""
@@ -96,5 +114,6 @@ class Sequence:
 
     def fork(self, index: int) -> "Sequence":
         """Another sample of the same computed prompt; the caller counts its references to the blocks."""
+        constraint = None if self.constraint is None else self.constraint.fork()
         return replace(self, index=index, forks=(), ids=self.ids[:], table=self.table[:],
-                       digests=self.digests[:], counts=Counter(self.counts))
+                       digests=self.digests[:], counts=Counter(self.counts), constraint=constraint)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama.config import LlamaConfig
 from llama.engine.request import Request, RequestError, TraceEvent
-from llama.engine.scheduler import Scheduled
+from llama.engine.step import Scheduled
 from llama.model.cache import KVCache
 from llama.model.plan import BoundPlan
 from llama.model.plan_tap import Part, PlanTap

@@ -33,14 +33,21 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def normalize_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """The tool definitions as plain data; None where there are none: templates mind []. Raises ChatError."""
+    """The tool definitions as plain data; None where there are none: templates mind []. Raises ChatError.
+
+    `strict` is left out: it says how a call is read, or made, and is nothing that models were taught.
+    """
     if tools is None:
         return None
     if not _is_list(tools):
         raise ChatError("tools must be a list of objects")
     for index, tool in enumerate(tools):
         _require(isinstance(tool, Mapping), f"tools[{index}]", "must be an object")
-    return plain_json(tools, "tools") or None
+    plain = plain_json(tools, "tools")
+    for tool in plain:
+        if isinstance(tool.get("function"), dict):
+            tool["function"].pop("strict", None)
+    return plain or None
 
 
 def one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

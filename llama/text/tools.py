@@ -5,7 +5,8 @@ A call, in one of the forms of llama.text.callforms, may begin where the reply b
 
 What only resembles a call is text: also the call of a tool that was not given, one that turns out malformed,
 and one that the reply's end cuts. A call is therefore told when it is whole, for what has been sent cannot be
-called back. Text is held back only while it may be the beginning of a call: `{"answer` and `[1` cannot.
+called back; where a grammar makes the calls, llama.text.certain tells them as they grow. Text is held back only
+while it may be the beginning of a call: `{"answer` and `[1` cannot.
 """
 
 import codecs
@@ -35,6 +36,8 @@ class ToolCallStream:
     What `push` and `finish` give, in order, is the reply: its text, and the calls where they stood. It is the
     same however the reply comes in pieces. Time is linear in the reply.
     """
+
+    is_open = False  # no call is ever told in part
 
     def __init__(self, tokenizer: Tokenizer, names: Collection[str], *, skip_special_tokens: bool = True):
         """names: the tools that may be called. skip_special_tokens: the text is without control tokens."""

@@ -10,6 +10,7 @@ import pytest
 
 from llama.commands import batch
 from llama.runtime import Llama
+from llama.text import grammar
 
 
 @pytest.fixture
@@ -226,3 +227,11 @@ def test_a_file_of_something_else_is_never_written_to(answer, tmp_path, llama):
 def test_flags_that_do_not_go_together(llama, flags, message):
     ran = llama("generate", *flags)
     assert (ran.code, ran.err) == (2, f"llama: error: {message}\n")
+
+
+def test_a_grammar_is_followed_and_one_that_is_none_is_refused_with_its_line(answer):
+    lines = [{"prompt": "u", "max_tokens": 9, "grammar": grammar.regex("[xyz]{4}")}]
+    _, [result] = answer(lines)
+    assert len(result["text"]) == 4 and set(result["text"]) <= set("xyz")
+    ran, _ = answer([*lines, {"prompt": "u", "grammar": "none"}])
+    assert ran.code == 1 and "in.jsonl, line 2: grammar cannot be followed" in ran.err

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from llama.engine.blocks import BlockPool
 from llama.engine.propose import Proposer
 from llama.engine.request import Event, PromptEvent, Request, SamplingParams, TokenLogprob
-from llama.engine.scheduler import Limits, Outcome, Plan, Scheduled, Scheduler
+from llama.engine.scheduler import Limits, Scheduler
+from llama.engine.step import Outcome, Plan, Scheduled
 
 VOCAB = 7
 EOS = 6

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llama.engine.batch import ragged_batch
 from llama.engine.request import Request
-from llama.engine.scheduler import Scheduled
+from llama.engine.step import Scheduled
 from llama.engine.sequence import Sequence
 from tests.engine.simulation import params
 

@@ -27,15 +27,16 @@ SHARED = {
                "repetition_penalty"],
     "integer": ["top_k", "seed", "n", "min_tokens", "prompt_logprobs", "max_tokens"],
     "boolean": ["stream", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "echo", "store"],
-    "string": ["model", "user", "service_tier", "safety_identifier", "prompt_cache_key"],
-    "object": ["logit_bias", "stream_options", "metadata"],
-    "array": ["stop_token_ids"],
+    "string": ["model", "user", "service_tier", "safety_identifier", "prompt_cache_key", "guided_regex",
+               "guided_grammar"],
+    "object": ["logit_bias", "stream_options", "metadata", "response_format"],
+    "array": ["stop_token_ids", "guided_choice"],
 }
 OWN = {
     "chat": {"integer": ["max_completion_tokens", "top_logprobs"],
              "boolean": ["logprobs", "add_generation_prompt", "continue_final_message",
                          "parallel_tool_calls"],
-             "object": ["response_format"], "array": ["messages", "tools"]},
+             "array": ["messages", "tools"]},
     "completion": {"integer": ["logprobs"], "string": ["suffix"]},
 }
 # Inside of fields: the body's own part, and the place that is at fault.
@@ -90,16 +91,19 @@ INSIDE = [
     (TOOL % '{"type":"function","function":{"name":"f","parameters":[]}}', "tools[1].function.parameters"),
     (TOOL % '{"type":"function","function":{"name":"f","parameters":{"a":[{"b":NaN}]}}}',
      "tools[1].function.parameters.a[0].b"),
-    (TOOL % '{"type":"function","function":{"name":"f","strict":true}}', "tools[1].function.strict"),
+    (TOOL % '{"type":"function","function":{"name":"f","strict":1}}', "tools[1].function.strict"),
     (TOOL % '{"type":"function","function":{"name":"f","x":1}}', "tools[1].function.x"),
     (TOOL % '{"type":"function","x":1,"function":{"name":"f"}}', "tools[1].x"),
     *(('"tool_choice":' + choice, "tool_choice")
-      for choice in ('"required"', '"f"', "1", "[]", "{}", "true")),
+      for choice in ('"required"', '"f"', "1", "[]", "true")),
+    ('"tool_choice":{}', "tool_choice.type"),
     ('"tool_choice":{"type":"function","function":{"name":"f"}}', "tool_choice"),
+    ('"tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":{"type":"function","function":{"name":"g"}}',
+     "tool_choice.function.name"),
     *(('"response_format":' + inside, f"response_format.{name}") for inside, name in (
-        ("{}", "type"), ('{"type":1}', "type"), ('{"type":"json_object"}', "type"),
+        ("{}", "type"), ('{"type":1}', "type"), ('{"type":"json_schema"}', "json_schema"),
         ('{"type":"text","x":1}', "x"),
-        ('{"json_schema":{}}', "json_schema"))),
+        ('{"json_schema":{}}', "json_schema.schema"))),
     ('"top_logprobs":1', "top_logprobs"), ('"echo":true', "echo"),
 ]
 INSIDE_EITHER = [

@@ -1,4 +1,4 @@
-"""Tools in requests, what is refused of them for now; and the routes that turn text into ids and back."""
+"""Tools in requests, what is refused of them; and the routes that turn text into ids and back."""
 
 import hashlib
 import json
@@ -53,19 +53,9 @@ def test_tools_are_in_the_prompt_unless_none_is_chosen():
 
 
 @pytest.mark.parametrize(("fields", "param", "message"), [
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice",
-     'tool_choice "required" is not supported yet: replies are plain text for now'),
-    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice",
-     "tool_choice an object is not supported yet: replies are plain text for now"),
-    ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls",
-     "parallel_tool_calls false is not supported yet: replies are plain text for now"),
     ({"tool_choice": "auto"}, "tool_choice", "tool_choice is only for requests with tools"),
     ({"parallel_tool_calls": True}, "parallel_tool_calls",
      "parallel_tool_calls is only for requests with tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type",
-     'response_format.type "json_object" is not supported yet: replies are plain text for now'),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.type",
-     'response_format.type "json_schema" is not supported yet: replies are plain text for now'),
     ({"echo": True}, "echo",
      "echo needs continue_final_message: in a chat it repeats the message that is continued"),
 ])  # fmt: skip

@@ -169,7 +169,7 @@ def test_what_the_engine_refuses_ends_in_an_error_event():
     with running(refuse=["bad"]) as (supervisor, _):
         events = list(supervisor.submit([request("bad", n=2), request("good")]))
         errors = [event for event in events if event.request_id == "bad"]
-        assert errors == [TokenEvent("bad", index, None, finish_reason="error", error="bad is refused")
+        assert errors == [TokenEvent("bad", index, None, finish_reason="error", error="bad is refused", field="prompt")
                           for index in range(2)]
         assert_whole([event for event in events if event.request_id == "good"], [request("good")])
         assert list(supervisor.submit([request("too-many")]))[0].error == "too much waits"

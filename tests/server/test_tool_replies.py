@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,12 +147,6 @@ def test_text_comes_as_soon_as_it_is_none_of_a_call():
         {"content": '{"x'}, {"content": '"'}, {"content": ":"}, {"content": ""}]
 
 
-def test_one_call_where_calls_are_not_parallel():
-    [choice] = answered(replace(call(), parallel_tool_calls=False), f"{CALL};{CALL}\nDone")[1]["choices"]
-    assert calls_of(choice) == [("f", '{"a": 1}')] and choice["message"]["content"] == "\nDone"
-    assert choice["finish_reason"] == "tool_calls"
-
-
 @pytest.mark.parametrize(("fields", "reply", "ends", "content", "num_calls", "reason", "stop_reason"), [
     ({}, CALL[:-1], False, CALL[:-1], 0, "length", None),
     ({}, CALL[:-1], True, CALL[:-1], 0, "stop", None),
@@ -211,8 +204,7 @@ def _answers(draw):
               "skip_special_tokens": draw(st.booleans()), "tools": tools("f", "g", "code_interpreter")}
     if fields["stream"]:
         fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": draw(st.booleans())}
-    request = replace(call(**fields), parallel_tool_calls=draw(st.booleans()))
-    return request, [reply() for _ in range(fields["n"])], draw(st.booleans())
+    return call(**fields), [reply() for _ in range(fields["n"])], draw(st.booleans())
 
 
 @settings(max_examples=200, deadline=None)
@@ -238,7 +230,6 @@ def test_the_reply_is_the_fold_of_the_stream_also_as_the_openai_package_folds_it
         num_calls = len(choice["message"]["tool_calls"])
         has_called = num_calls > 0 and choice["finish_reason"] != "length"
         assert (choice["finish_reason"] == "tool_calls") == has_called
-        assert request.parallel_tool_calls or num_calls <= 1
         assert is_cut or choice["message"]["content"] is not None or num_calls
 
 

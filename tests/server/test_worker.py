@@ -97,7 +97,7 @@ def test_what_the_engine_refuses_comes_back_at_once():
     with worker(refuse=["bad"]) as process:
         process.send(("submit", request("bad", n=2)))
         assert next_message(process)[:2] == ("events", [
-            TokenEvent("bad", index, None, finish_reason="error", error="bad is refused")
+            TokenEvent("bad", index, None, finish_reason="error", error="bad is refused", field="prompt")
             for index in range(2)])
         process.send(("submit", request("too-many")))
         assert next_message(process)[1][0].error == "too much waits"

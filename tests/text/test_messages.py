@@ -133,6 +133,7 @@ def test_tools_are_copied_and_none_of_them_is_none():
     tool = {"type": "function", "function": {"name": "f\ud800", "parameters": {"enum": (1, 2.5, None, True)}}}
     function = {"name": "f\ufffd", "parameters": {"enum": [1, 2.5, None, True]}}
     assert normalize_tools((tool,)) == [{"type": "function", "function": function}]
+    assert normalize_tools([{"type": "function", "function": {**function, "strict": True}}]) == normalize_tools([tool])
     assert normalize_tools([]) is None
     assert normalize_tools(None) is None
     for tools, error in (("add", "tools must be a list"), (["add"], r"tools\[0\] must be an object")):
