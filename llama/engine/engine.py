@@ -154,9 +154,9 @@ class Engine:
                 wanted = sequence.request.params.prompt_logprobs
                 for done in range(0, len(ids), SCORED_ROWS):
                     piece = ids[done:done + SCORED_ROWS]
-                    rows = hidden[first + done:first + done + len(piece)]
-                    here = at.rows(range(first + done, first + done + len(rows)))
-                    scores += log_probabilities(self.model.logits(rows, here), piece, [wanted] * len(piece))
+                    rows = range(first + done, first + done + len(piece))
+                    scores += log_probabilities(self.model.logits(hidden[rows.start:rows.stop], at.rows(rows)), piece,
+                                                [wanted] * len(piece))
             results.append(tuple(scores))
             first += item.length
         return results
