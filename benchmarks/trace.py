@@ -9,6 +9,7 @@ sweep is measured beside one run of the whole prompt for each patch, of which on
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from llama.engine.request import Request
 from llama.internals.direct import look
 from llama.internals.patch import logit_difference, sweep
 from llama.internals.trace import Replace, TracePlan
+from llama.model.plan_tap import Part, PlanTap
+from llama.model.ragged import RaggedBatch
 from llama.model.transformer import Llama
 
 PLANS = {"no plan": None, "one site": ("layers.3.resid_post",), "all resid_post": ("layers.*.resid_post",),
@@ -80,7 +83,7 @@ def patching(model: Llama, args: argparse.Namespace) -> dict[str, Any]:
         for place in range(done):
             layer, position = divmod(place * (num_patches // done), args.positions)
             name = f"layers.{layer}.resid_post"
-            look(model, corrupted, TracePlan(edits=(Replace(name, values[name][position], position),)))
+            patched(model, corrupted, TracePlan(edits=(Replace(name, values[name][position], position),)))
         return (time.perf_counter() - began) / done * num_patches
 
     ours, theirs = [], []
@@ -92,6 +95,14 @@ def patching(model: Llama, args: argparse.Namespace) -> dict[str, Any]:
          ["sweep", "loop of separate runs", "times as fast", "wanted"],
          [[spread(summary(ours), " s"), spread(summary(theirs), " s"), spread(gain), 3]])
     return {"sweep": summary(ours), "loop": summary(theirs), "gain": gain}
+
+
+def patched(model: Llama, ids: list[int], plan: TracePlan) -> torch.Tensor:
+    """One separate run: the whole prompt, of which only the last token's logits are computed."""
+    every = range(len(ids))
+    batch = replace(RaggedBatch.whole(torch.tensor(ids)), logit_rows=torch.tensor([len(ids) - 1]))
+    part = Part(plan.bind(model.config, len(ids), len(ids)), batch.segments[0], every, every)
+    return model(batch, None, PlanTap([part], None))
 
 
 if __name__ == "__main__":

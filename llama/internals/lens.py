@@ -100,7 +100,7 @@ def attribute(model: Llama, trace: Trace, token: int, against: int | None = None
     scale = trace.at(names[3][0], position).to(model.device)
     normed = (parts * scale * model.norm.weight.float()).to(model.dtype)
     chosen = [token] if against is None else [token, against]
-    logits = torch.cat([model.head(rows)[:, chosen].float() for rows in normed.split(_ROWS)]).cpu()
+    logits = torch.cat([model.head(rows, wide=True)[:, chosen] for rows in normed.split(_ROWS)]).cpu()
     shares = logits[:, 0] if against is None else logits[:, 0] - logits[:, 1]
     heads = shares[1:1 + num_layers * num_heads].view(num_layers, num_heads)
     return Attribution(shares[0].item(), heads, shares[1 + num_layers * num_heads:])
