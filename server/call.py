@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama.engine.request import SamplingParams
+from llama.model.plan import TracePlan
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Call:
     prompt_logprobs: alternatives to report beside each token of the prompts, None for no report; `params` may
     ask the engine for more of them. is_scoring: nothing is wanted but the prompt (max_tokens 0); as an engine
     generates at least one token, params has max_tokens 1, and the token is dropped. tool_names: what a reply
-    may call; () if replies are text. parallel_tool_calls: whether it may call more than once.
+    may call; () if replies are text. parallel_tool_calls: whether it may call more than once. trace: what to
+    capture and to change on the way.
     """
 
     kind: Literal["chat", "completion"]
@@ -30,6 +32,7 @@ class Call:
     is_scoring: bool = False
     tool_names: tuple[str, ...] = ()
     parallel_tool_calls: bool = True
+    trace: TracePlan | None = None
 
     @property
     def num_choices(self) -> int:

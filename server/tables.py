@@ -98,7 +98,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def chat_request(model: str, defaults: SamplingParams, vocab_size: int) -> Object:
+def chat_request(model: str, defaults: SamplingParams, vocab_size: int, has_traces: bool = False) -> Object:
     """/v1/chat/completions. model: the name that is meant where none is given. defaults: the checkpoint's."""
     return Object({
         "model": _model(model),
@@ -117,11 +117,13 @@ def chat_request(model: str, defaults: SamplingParams, vocab_size: int) -> Objec
         "echo": Field(Boolean(), "begin the reply with the text of the message that it continues; needs "
                       "continue_final_message", False),
         **TEMPLATE,
+        **_trace(has_traces),
         **WITHOUT_EFFECT,
     })
 
 
-def completion_request(model: str, defaults: SamplingParams, vocab_size: int, max_context: int) -> Object:
+def completion_request(model: str, defaults: SamplingParams, vocab_size: int, max_context: int,
+                       has_traces: bool = False) -> Object:
     """/v1/completions."""
     return Object({
         "model": _model(model),
@@ -133,6 +135,7 @@ def completion_request(model: str, defaults: SamplingParams, vocab_size: int, ma
                           "and penalties, and so many alternatives; with echo, the prompt's too"),
         **_delivery(),
         "echo": Field(Boolean(), "begin the text with the prompt", False),
+        **_trace(has_traces),
         **WITHOUT_EFFECT,
     })
 
@@ -198,6 +201,11 @@ def _sampling(defaults: SamplingParams, vocab_size: int) -> Mapping[str, Field]:
                             "alternatives", None),
     }
     return {name: Field(type, note, default) for name, (type, note, default) in values.items()}
+
+
+def _trace(is_on: bool) -> Mapping[str, Field]:
+    plan = AnyObject() if is_on else Refused(AnyObject(), " here: the server was started without --enable-trace")
+    return {"x_trace": Field(plan, "what to capture and to change inside: capture, positions, edits, max_bytes")}
 
 
 def _delivery() -> Mapping[str, Field]:

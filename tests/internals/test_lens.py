@@ -133,6 +133,17 @@ def test_gradients_are_those_of_transformers(theirs, model):
         assert gradient.abs().max() > 1e-3
 
 
+def test_a_gradient_is_that_of_the_edited_run(model):
+    edits = [Add("layers.0.resid_pre", random_vector(48), positions=[3]), Zero("layers.1.attn.pattern[head=2]")]
+    value, found = gradients(model, IDS, ["layers.0.resid_post"], 5, edits=edits)
+    direction, step = random_vector(48, seed=2), 1e-3
+    up, down = (logits_of(model, IDS, [*edits, Add("layers.0.resid_post", direction, sign * step, [7])])[-1, 5].item()
+                for sign in (1, -1))
+    assert value == pytest.approx(logits_of(model, IDS, edits)[-1, 5].item(), abs=1e-4)
+    slope = (found["layers.0.resid_post"][7] @ direction).item()
+    assert abs(slope) > 0.01 and (up - down) / (2 * step) == pytest.approx(slope, rel=0.02, abs=1e-2)
+
+
 @pytest.mark.parametrize("site", ["layers.0.attn.pattern", "layers.1.attn.head_out", "layers.0.attn.scores",
                                   "layers.1.resid_mid", "layers.0.attn_norm.scale", "layers.0.attn.k_rot"])
 def test_a_gradient_is_the_slope_that_small_edits_show(model, site):
