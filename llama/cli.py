@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llama {__version__}",
                         help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_chat, _add_generate, _add_serve, _add_info, _add_eval, _add_pull):
+    for add in (_add_chat, _add_generate, _add_serve, _add_trace, _add_info, _add_eval, _add_pull):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -168,6 +168,25 @@ def _add_serve(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser("serve", help="answer over HTTP, in the OpenAI API's JSON",
                                  description=server_flags.ABOUT)
     server_flags.add_flags(parser)
+    return parser
+
+
+def _add_trace(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "trace", help="look inside a run: values to a file, pictures to a page", description="Run a text and "
+        "keep what passes the named places of the forward pass, or draw it. What follows is generated greedily, "
+        "one token if --max-tokens does not say more.")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="the prompt, as it stands")
+    parser.add_argument("--sites", action="store_true", help="list the places that can be named, and leave")
+    parser.add_argument("--capture", action="append", default=[], metavar="SITE", help="keep the values at this "
+                        "place, such as 'layers.*.resid_post' or 'layers.3.attn.pattern[head=2]'; may be repeated")
+    parser.add_argument("--plan", metavar="FILE", help="captures and edits, as JSON")
+    parser.add_argument("--out", metavar="FILE", help="where the values go: .safetensors or .npz, with a manifest")
+    parser.add_argument("--html", metavar="FILE", help="draw the run: one HTML file that needs nothing else")
+    parser.add_argument("--chat", action="store_true", help="put the text to the model as a user's message")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="new tokens at most; by default 1")
+    add_checkpoint_flags(parser)
+    add_engine_flags(parser)
     return parser
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama.engine.request import SamplingParams
+from llama.model.plan import TracePlan
 from server.constraints import Constraint
 
 
@@ -16,7 +17,8 @@ class Call:
     prompt_logprobs: alternatives to report beside each token of the prompts, None for no report; `params` may
     ask the engine for more of them. is_scoring: nothing is wanted but the prompt (max_tokens 0); as an engine
     generates at least one token, params has max_tokens 1, and the token is dropped. tool_names: what a reply
-    may call; () if replies are text. constraint: what the reply must be; `params` has its grammar.
+    may call; () if replies are text. constraint: what the reply must be; `params` has its grammar. trace: what to
+    capture and to change on the way.
     """
 
     kind: Literal["chat", "completion"]
@@ -31,6 +33,7 @@ class Call:
     is_scoring: bool = False
     tool_names: tuple[str, ...] = ()
     constraint: Constraint = Constraint()
+    trace: TracePlan | None = None
 
     @property
     def num_choices(self) -> int:

@@ -38,6 +38,8 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
                        help=f"ask for this key; may be given several times. {KEY_VARIABLE} in the environment "
                        "keeps keys out of the list of processes: several with commas between them")
     group.add_argument("--api-key-file", metavar="FILE", help="keys, one a line")
+    group.add_argument("--enable-trace", action="store_true",
+                       help="let requests capture and change what happens inside, with x_trace")
     group.add_argument("--allow-anonymous", action="store_true",
                        help="bind a public address without a key all the same")
     group.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN",

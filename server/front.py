@@ -27,7 +27,8 @@ _LAST_WORDS_SECONDS = 5.0
 @dataclass(frozen=True)
 class Settings:
     """How to serve. names: what clients call the model. spec: the engine. max_context: of prompt and reply
-    together; None: what the model was made for. keys: none: everybody may ask."""
+    together; None: what the model was made for. keys: none: everybody may ask. has_traces: whether requests may look
+    inside."""
 
     names: tuple[str, ...]
     spec: EngineSpec = field(default_factory=EngineSpec)
@@ -40,6 +41,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     limits: HttpLimits = field(default_factory=HttpLimits)
     heartbeat_seconds: float = 5.0
+    has_traces: bool = False
 
 
 class Front:
@@ -95,4 +97,5 @@ def load_served(settings: Settings) -> Served:
         names=settings.names, root="demo" if settings.spec.model is None else settings.spec.model,
         tokenizer=Tokenizer.from_directory(directory), template=ChatTemplate.from_directory(directory),
         config=config, defaults=defaults, eos_token_ids=eos_token_ids or config.eos_token_ids,
-        max_context=config.context_length(settings.max_context), created=int(time.time()))
+        max_context=config.context_length(settings.max_context), created=int(time.time()),
+        has_traces=settings.has_traces)

@@ -2,10 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from llama.completion import GenerationError, RequestReader
 from llama.engine.request import PromptEvent, QueueFullError, Request, RequestError, TokenEvent
+from llama.internals.assemble import TraceError
+from server import traces
 from server.access import Entry
 from server.call import Call
 from server.errors import ApiError, refusal
@@ -15,6 +18,7 @@ from server.metrics import Metrics, Stopwatch
 from server.rendering import Chunk, Rendering, dumps
 from server.served import Served
 from server.supervisor import EngineUnavailableError, Event, Lost, Supervisor, Ticket
+from server.traces import TraceStore
 
 JSON = "application/json"
 DONE = b"[DONE]"
@@ -31,6 +35,7 @@ class Generator:
     hangups: Hangups
     metrics: Metrics
     heartbeat_seconds: float
+    traces: TraceStore = field(default_factory=TraceStore)
 
     def answer(self, exchange: Exchange, entry: Entry, served: Served, call: Call, salt: str) -> None:
         """Generate, and answer the exchange. Raises ApiError, also where a stream has already been broken off with
@@ -39,7 +44,7 @@ class Generator:
         rendering = Rendering(call, served)
         entry.id = rendering.id
         exchange.fields.append(("X-Request-Id", rendering.id))
-        requests = [Request(f"{rendering.id}-{number}", prompt, call.params, salt)
+        requests = [Request(f"{rendering.id}-{number}", prompt, call.params, salt, trace=call.trace)
                     for number, prompt in enumerate(call.prompts)]
         entry.prompt_tokens = sum(map(len, call.prompts))
         ticket = self._submit(requests, watch)
@@ -77,8 +82,10 @@ class Generator:
 
     def _deliver(self, exchange: Exchange, run: "_Run") -> None:
         if not run.call.stream:
-            body = dumps(run.rendering.reply(itertools.chain.from_iterable(run.chunks(None))))
-            exchange.answer(200, body, JSON)
+            reply = run.rendering.reply(itertools.chain.from_iterable(run.chunks(None)))
+            if run.call.trace is not None:
+                reply["x_trace"] = run.trace(self.traces)
+            exchange.answer(200, dumps(reply), JSON)
             return
         stream = exchange.stream()
         pieces = run.chunks(self.heartbeat_seconds, stream)
@@ -107,6 +114,7 @@ class _Run:
 
     def __init__(self, call: Call, served: Served, rendering: Rendering, ticket: Ticket, watch: Stopwatch):
         self.call = call
+        self._served = served
         self.rendering = rendering
         self._ticket = ticket
         self._watch = watch
@@ -119,6 +127,15 @@ class _Run:
     def finish_reason(self) -> str:
         """Of all choices together: "length" if one of them was cut."""
         return "length" if "length" in self._reasons else "stop"
+
+    def trace(self, store: TraceStore) -> dict[str, Any]:
+        """What the call's plan caught, once all chunks are there. Raises _FailedError."""
+        [reader] = self._readers.values()
+        try:
+            return traces.reply(self.call, self._served, reader.captured, len(reader.completions()[0].ids), store)
+        except TraceError as error:
+            raise _FailedError("refused", ApiError(400, f"x_trace: {error}", param="x_trace",
+                                                   code="trace_unfulfilled")) from None
 
     @property
     def num_cached(self) -> int:

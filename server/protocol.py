@@ -22,6 +22,7 @@ from server.fields import FieldError, place_name
 from server.objects import Object
 from server.rendering import Rendering, dumps
 from server.served import Served
+from server.traces import with_plan
 
 __all__ = ["ApiError", "Call", "Rendering", "Served", "detokenize", "dumps", "parse_chat", "parse_completion",
            "refusal", "tokenize"]
@@ -51,7 +52,7 @@ def parse_chat(body: bytes, served: Served, name: str | None = None) -> Call:
                 echo_texts=(echo_text,) if values["echo"] else (), prompt_logprobs=values["prompt_logprobs"],
                 tool_names=tuple(tool["function"]["name"] for tool in tools), constraint=constraint)
     _check_size(call, served, ["messages"], limit)
-    return call
+    return with_plan(call, values["x_trace"], served)
 
 
 def parse_completion(body: bytes, served: Served) -> Call:
@@ -76,7 +77,7 @@ def parse_completion(body: bytes, served: Served) -> Call:
     call = Call("completion", values["model"], prompts, params, **_delivery(values), echo_texts=echo_texts,
                 prompt_logprobs=values["prompt_logprobs"], is_scoring=is_scoring, constraint=constraint)
     _check_size(call, served, places, "max_tokens")
-    return call
+    return with_plan(call, values["x_trace"], served)
 
 
 def tokenize(body: bytes, served: Served) -> dict[str, Any]:

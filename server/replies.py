@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from server.fields import AnyOf, Array, Choice, Integer, Null, Number, String, Type
 from server.logprobs import LOWEST
-from server.objects import Field, Map, Object
+from server.objects import AnyObject, Field, Map, Object
 from server.tables import COUNT
 
 _COUNT = Integer(0, COUNT)
@@ -54,6 +54,9 @@ _PROMPT_LOGPROB = Object(_all(logprob=_LOGPROB, rank=_or_null(_COUNT), decoded_t
 _PROMPT_LOGPROBS = {"prompt_logprobs": Field(_list(_or_null(Map(String(), _PROMPT_LOGPROB, COUNT))),
                                              "where asked for")}
 
+_TRACE = {"x_trace": Field(AnyObject(), "where asked for: sites by name, with shape, positions and values; if they are many, "
+                           "an id for /v1/traces instead of values")}
+
 _LOGPROBS = _all(logprobs=_or_null(CHAT_LOGPROBS))
 _CHUNK_USAGE = {"usage": Field(USAGE, "with stream_options.include_usage: null, but for the last chunk")}
 _TEXT_CHOICE = _all(index=_COUNT, text=String(), logprobs=_or_null(COMPLETION_LOGPROBS))
@@ -78,7 +81,7 @@ CHAT_COMPLETION = Object({
     **_all(choices=_list(Object({**_all(index=_COUNT, message=_MESSAGE), **_LOGPROBS,
                                   **_ending(_CHAT_FINISH_REASON)})),
            usage=USAGE),
-    **_PROMPT_LOGPROBS})
+    **_PROMPT_LOGPROBS, **_TRACE})
 CHAT_CHUNK = Object({
     **_head("chat", "chat.completion.chunk"),
     **_all(choices=_list(Object({**_all(index=_COUNT, delta=_DELTA), **_LOGPROBS,
@@ -87,7 +90,8 @@ CHAT_CHUNK = Object({
 COMPLETION = Object({
     **_head("cmpl", "text_completion"),
     **_all(choices=_list(Object({**_TEXT_CHOICE, **_ending(_FINISH_REASON), **_PROMPT_LOGPROBS})),
-           usage=USAGE)})
+           usage=USAGE),
+    **_TRACE})
 COMPLETION_CHUNK = Object({
     **_head("cmpl", "text_completion"),
     **_all(choices=_list(Object({**_TEXT_CHOICE, **_chunk_ending(_FINISH_REASON), **_PROMPT_LOGPROBS}))),

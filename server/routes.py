@@ -82,6 +82,7 @@ class Routes:
             Route("POST", "/v1/completions", re.compile("/v1/completions"), self._completion),
             Route("GET", "/v1/models", re.compile("/v1/models"), self._models),
             Route("GET", "/v1/models/{id}", re.compile("/v1/models/(?P<name>.+)"), self._model),
+            Route("GET", "/v1/traces/{id}", re.compile("/v1/traces/(?P<name>[^/]+)"), self._trace),
             Route("POST", "/tokenize", re.compile("/tokenize"), partial(self._convert, tokenize)),
             Route("POST", "/detokenize", re.compile("/detokenize"), partial(self._convert, detokenize)),
             Route("GET", "/health", re.compile("/health"), self._health, is_open=True),
@@ -219,6 +220,9 @@ class Routes:
 
     def _model(self, exchange: Exchange, name: str) -> None:
         _send_json(exchange, self._served().model(name))
+
+    def _trace(self, exchange: Exchange, name: str) -> None:
+        exchange.answer(200, self._generator.traces.fetch(name), "application/octet-stream")
 
     def _health(self, exchange: Exchange) -> None:
         """Live while the engine is, or is being loaded; before there is one, the checkpoint may be on its way."""

@@ -129,7 +129,7 @@ def _settings(args: argparse.Namespace) -> Settings:
                     max_context=args.context, host=args.host, port=args.port, root_path=args.root_path, keys=keys,
                     allowed_hosts=tuple(args.allow_host), allowed_origins=tuple(args.allow_origin),
                     limits=HttpLimits(connections=args.max_connections),
-                    heartbeat_seconds=args.heartbeat_seconds)
+                    heartbeat_seconds=args.heartbeat_seconds, has_traces=args.enable_trace)
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from server.tables import chat_request, completion_request, detokenize_request, 
 class Served:
     """names: what clients may call the model; the first is meant where they give none. root: what is really
     loaded. defaults: the checkpoint's, without a None but for max_tokens. max_context: positions of prompt
-    and reply together. created: when serving began, in seconds of the epoch."""
+    and reply together. created: when serving began, in seconds of the epoch. has_traces: whether x_trace is
+    taken."""
 
     names: tuple[str, ...]
     root: str
@@ -28,6 +29,7 @@ class Served:
     eos_token_ids: tuple[int, ...]
     max_context: int
     created: int
+    has_traces: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -37,12 +39,12 @@ class Served:
     @cached_property
     def chat_request(self) -> Object:
         """The fields of /v1/chat/completions."""
-        return chat_request(self.names[0], self.defaults, self.vocab_size)
+        return chat_request(self.names[0], self.defaults, self.vocab_size, self.has_traces)
 
     @cached_property
     def completion_request(self) -> Object:
         """The fields of /v1/completions."""
-        return completion_request(self.names[0], self.defaults, self.vocab_size, self.max_context)
+        return completion_request(self.names[0], self.defaults, self.vocab_size, self.max_context, self.has_traces)
 
     @cached_property
     def tokenize_request(self) -> Object:

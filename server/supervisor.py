@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence as Ordered
 from typing import Any, Literal
 
-from llama.engine.request import PromptEvent, Request
+from llama.engine.request import Request, TokenEvent
 from server.process import EngineProcess
 from server.tickets import Event, Lost, Ticket, Tickets
 from server.wire import EngineSpec, Loaded
@@ -198,4 +198,4 @@ class Supervisor:
 
 
 def _has_token(events: Iterable[Event]) -> bool:
-    return any(isinstance(event, PromptEvent) or event.token_id is not None for event in events)
+    return any(not isinstance(event, TokenEvent) or event.token_id is not None for event in events)

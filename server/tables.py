@@ -102,7 +102,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def chat_request(model: str, defaults: SamplingParams, vocab_size: int) -> Object:
+def chat_request(model: str, defaults: SamplingParams, vocab_size: int, has_traces: bool = False) -> Object:
     """/v1/chat/completions. model: the name that is meant where none is given. defaults: the checkpoint's."""
     return Object({
         "model": _model(model),
@@ -121,11 +121,13 @@ def chat_request(model: str, defaults: SamplingParams, vocab_size: int) -> Objec
         "echo": Field(Boolean(), "begin the reply with the text of the message that it continues; needs "
                       "continue_final_message", False),
         **TEMPLATE,
+        **_trace(has_traces),
         **WITHOUT_EFFECT,
     })
 
 
-def completion_request(model: str, defaults: SamplingParams, vocab_size: int, max_context: int) -> Object:
+def completion_request(model: str, defaults: SamplingParams, vocab_size: int, max_context: int,
+                       has_traces: bool = False) -> Object:
     """/v1/completions."""
     return Object({
         "model": _model(model),
@@ -138,6 +140,7 @@ def completion_request(model: str, defaults: SamplingParams, vocab_size: int, ma
         **_delivery(),
         **_constraints(),
         "echo": Field(Boolean(), "begin the text with the prompt", False),
+        **_trace(has_traces),
         **WITHOUT_EFFECT,
     })
 
@@ -214,6 +217,11 @@ def _constraints() -> Mapping[str, Field]:
         "guided_choice": Field(Array(String(1), 1, MAX_CHOICES, "texts"), "what the text may be"),
         "guided_grammar": Field(String(1, MAX_SOURCE), "a context-free grammar of the text, as Lark writes them"),
     }
+
+
+def _trace(is_on: bool) -> Mapping[str, Field]:
+    plan = AnyObject() if is_on else Refused(AnyObject(), " here: the server was started without --enable-trace")
+    return {"x_trace": Field(plan, "what to capture and to change inside: capture, positions, edits, max_bytes")}
 
 
 def _delivery() -> Mapping[str, Field]:

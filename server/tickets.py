@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from llama.engine.request import Event as EngineEvent
-from llama.engine.request import PromptEvent, QueueFullError, Request, RequestError
+from llama.engine.request import PromptEvent, QueueFullError, Request, RequestError, TraceEvent
 from server.process import EngineProcess
 from server.wire import EngineSpec, Loaded
 
@@ -165,6 +165,8 @@ class Tickets:
             if entry.is_waiting:
                 self._counts["prompt_tokens"] += entry.num_prompt
                 self._counts["cached_tokens"] += event.num_cached
+        elif isinstance(event, TraceEvent):
+            return True
         elif event.index not in entry.samples:
             return False
         else:

@@ -40,8 +40,8 @@ def parsers(parser):
 
 def test_every_flag_has_help():
     found = list(parsers(build_parser()))
-    assert [parser.prog for parser in found] == ["llama", "llama chat", "llama generate", "llama serve", "llama info",
-                                                 "llama eval", "llama pull"]
+    assert [parser.prog for parser in found] == ["llama", "llama chat", "llama generate", "llama serve", "llama trace",
+                                                 "llama info", "llama eval", "llama pull"]
     for parser in found:
         assert parser.description
         for action in parser._actions:
@@ -93,7 +93,7 @@ def test_a_broken_pipe_is_no_complaint():
 @pytest.mark.parametrize("args, message", [
     ([], "the following arguments are required: COMMAND; see llama --help"),
     (["sing"],
-     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'info', 'eval', 'pull'); see "
+     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'trace', 'info', 'eval', 'pull'); see "
      "llama --help"),
     (["chat", "--top", "1"], "ambiguous option: --top could match --top-p, --top-k; see llama chat --help"),
     (["chat", "--temperature", "warm"],

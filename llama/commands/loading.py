@@ -46,7 +46,7 @@ def sampling_params(args: argparse.Namespace, **more: object) -> SamplingParams:
     """What the sampling flags ask for. Raises UsageError."""
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "frequency_penalty",
              "presence_penalty", "repetition_penalty")
-    given = {name: getattr(args, name) for name in names} | more
+    given = {name: getattr(args, name, None) for name in names} | more
     try:
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
     except RequestError as error:

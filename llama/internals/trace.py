@@ -9,23 +9,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llama.config import LlamaConfig
 from llama.engine.request import TraceEvent
+from llama.internals.assemble import TraceError, assembled
 from llama.model.edits import Add, Edit, Replace, Scale, Zero
 from llama.model.plan import BoundPlan, Capture, TracePlan
 from llama.model.positions import PlanError, Positions, checked, locate
-from llama.model.selectors import Place, places
+from llama.model.selectors import places
 
 __all__ = ["Add", "Capture", "Patch", "PlanError", "Replace", "Scale", "Trace", "TraceError", "TracePlan", "Zero",
            "expanded"]
-
-
-class TraceError(RuntimeError):
-    """A run that did not bring what its plan asked for; the message names the capture or the edit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,34 +76,9 @@ class Trace:
 
 def assemble(events: Iterable[TraceEvent], bound: BoundPlan, num_computed: int
              ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Values and positions of a finished run from its events. num_computed: positions whose values count.
-
-    Raises TraceError for an edit that never fired and a capture that never came.
-    """
-    for one in bound.unfired(num_computed):
-        raise TraceError(f"edits[{one.number}], {type(one.edit).__name__} at {one.place.label}, never fired: only "
-                         f"{num_computed} positions were computed")
-    rows: dict[str, dict[int, np.ndarray]] = {capture.place.label: {} for capture in bound.captures}
-    for event in events:
-        for position, value in zip(event.positions, event.values):
-            if position < num_computed:
-                rows[event.site][position] = value
-    for name, found in rows.items():
-        if not found:
-            raise TraceError(f"{name} was never captured: only {num_computed} positions were computed")
-    positions = {name: tuple(sorted(found)) for name, found in rows.items()}
-    values = {capture.place.label: _stacked(rows[capture.place.label], capture.place) for capture in bound.captures}
-    return values, positions
-
-
-def _stacked(rows: dict[int, np.ndarray], place: Place) -> Tensor:
-    ordered = [rows[position] for position in sorted(rows)]
-    if place.site.is_attention and place.key is None:
-        width = max(row.shape[-1] for row in ordered)
-        fill = -np.inf if place.site.name == "attn.scores" else 0.0
-        ordered = [np.concatenate((row, np.full((*row.shape[:-1], width - row.shape[-1]), fill, np.float32)), axis=-1)
-                   for row in ordered]
-    return torch.from_numpy(np.stack(ordered))
+    """`llama.internals.assemble.assembled`, as tensors. Raises TraceError."""
+    arrays, positions = assembled(events, bound, num_computed)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, positions
 
 
 @dataclass(frozen=True, eq=False)

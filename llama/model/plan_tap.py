@@ -1,7 +1,7 @@
 """The tap that carries out plans: for each sequence of a step that has one, at its own tokens and no others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +49,8 @@ class Part:
         """The same for values that exist for these rows only."""
         here = {row: position for row, position in zip(self.rows, self.positions)}
         kept = [(place, here[row]) for place, row in enumerate(rows) if row in here]
-        return Part(self.plan, self.segment, [place for place, _ in kept], [position for _, position in kept],
-                    self.captured)
+        return replace(self, rows=[place for place, _ in kept], positions=[position for _, position in kept],
+                       _selected={})
 
     def touch(self, name: str, value: Tensor) -> Tensor:
         """The value with the edits that the plan has for this site; then what it captures there is copied."""

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama.model import transformer
+from llama.model.pattern import PatternError
 from llama.model.plan import TracePlan
 from llama.model.plan_tap import PlanTap
 from llama.model.ragged import RaggedBatch
@@ -78,6 +80,15 @@ def test_past_position_8192_every_site_still_has_transformers_values():
         _, captured = tapped(pages, {"a": plan}, ("a", chunk))
         expected = oracle.run(chunk)
         assert_alike(by_label(captured["a"]), expected)
+
+
+def test_a_kernel_that_is_not_its_pattern_times_the_values_is_found_out(pair, monkeypatch):
+    _, model, _ = pair
+    kernel = transformer.ragged_attention
+    monkeypatch.setattr(transformer, "ragged_attention", lambda *args: kernel(*args) * 1.01)
+    with pytest.raises(PatternError, match="layers.0.attn.pattern: the attention kernel is .* away from the recomputed"):
+        whole(model, IDS, TracePlan(("layers.0.attn.scores",)))
+    whole(model, IDS, TracePlan(("layers.0.attn.heads",)))  # who does not ask is not stopped
 
 
 # ---- without a plan, nothing is different ------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Five experiments on the demo model: see README.md."""
