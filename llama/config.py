@@ -113,8 +113,9 @@ class LlamaConfig:
         return most if wanted is None else wanted
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
-        """Bytes that one position takes in the KV cache, all layers together."""
-        return 2 * self.num_layers * self.kv_size * DTYPE_BYTES[dtype or self.dtype]
+        """Bytes that one position takes in the KV cache, all layers together; "int8" has a float32 for each head."""
+        head_bytes = self.head_dim + 4 if dtype == "int8" else self.head_dim * DTYPE_BYTES[dtype or self.dtype]
+        return 2 * self.num_layers * self.num_kv_heads * head_bytes
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "LlamaConfig":

@@ -18,6 +18,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
                        help="dtype of weights and KV cache; by default the checkpoint's own")
     group.add_argument("--quantize", choices=tuple(QUANTISED_BITS),
                        help="round the weights to 8 or 4 bits while they are read: less memory, more speed, some loss")
+    group.add_argument("--kv-cache-dtype", choices=("int8",), metavar="int8",
+                       help="keep keys and values as int8: about half the memory, some loss")
     group.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda or cuda:N")
     group.add_argument("--threads", type=count, metavar="N",
                        help="CPU threads; by default as many as torch chooses")

@@ -62,18 +62,19 @@ class Llama:
     @classmethod
     def load(cls, name: str | Path | None = None, *, dtype: str | None = None, device: str = "cpu",
              quantize: str | None = None, max_context: int | None = None, kv_cache_bytes: int | None = None,
-             prompt_lookup: bool = False, draft: str | Path | None = None, deterministic: bool = False,
-             limits: Mapping[str, int] | None = None, progress: bool | None = None) -> "Llama":
+             kv_cache_dtype: str | None = None, prompt_lookup: bool = False, draft: str | Path | None = None,
+             deterministic: bool = False, limits: Mapping[str, int] | None = None, progress: bool | None = None
+             ) -> "Llama":
         """Load a checkpoint: a directory, or a hub id such as meta-llama/Llama-3.1-8B-Instruct; None: the demo.
 
         dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. quantize: "int8" or "int4"
         rounds the weights while they are read (`llama.model.formats`). max_context: positions at most; by default what
-        the model was made for. kv_cache_bytes: memory for keys and values; by default as much as
-        the requests that may run together can use, but at most half of what is free. prompt_lookup: guess repeated
-        text ahead (`llama.engine.propose`). draft: a smaller checkpoint with the same tokenizer that guesses instead
-        (`llama.engine.draft`). deterministic: the same bits for a request whatever it shares the engine with, at
-        some cost in speed. limits: fields of `llama.engine.scheduler.Limits` to set otherwise. progress: whether to
-        show bars; by default on a terminal.
+        the model was made for. kv_cache_bytes: memory for keys and values; by default as much as the requests that may
+        run together can use, but at most half of what is free. kv_cache_dtype: "int8" keeps them in half of it.
+        prompt_lookup: guess repeated text ahead (`llama.engine.propose`). draft: a smaller checkpoint with the same
+        tokenizer that guesses instead (`llama.engine.draft`). deterministic: the same bits for a request whatever it
+        shares the engine with, at some cost in speed. limits: fields of `llama.engine.scheduler.Limits` to set
+        otherwise. progress: whether to show bars; by default on a terminal.
 
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
         """
@@ -88,13 +89,15 @@ class Llama:
             raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                               f"{config.vocab_size}; they are not of one checkpoint")
         limits = Limits(max_context=config.context_length(max_context), **(limits or {}))
-        num_blocks = _num_blocks(model, limits, kv_cache_bytes)
+        int8_cache = _is_int8(kv_cache_dtype)
+        num_blocks = _num_blocks(model, limits, kv_cache_bytes, int8_cache)
         proposer = PromptLookup() if prompt_lookup else None
         if draft is not None:
             proposer = _load_draft(draft, tokenizer, model, num_blocks, progress)
         eos_token_ids = eos_token_ids or config.eos_token_ids
         grammars = GrammarCompiler(tokenizer, eos_token_ids)
-        engine = Engine(model, limits, num_blocks, eos_token_ids, proposer, compiler=grammars)
+        engine = Engine(model, limits, num_blocks, eos_token_ids, proposer, compiler=grammars,
+                        int8_cache=int8_cache)
         return cls(model, tokenizer, template, engine, defaults, directory, grammars)
 
     @property
@@ -240,7 +243,7 @@ class Llama:
                 raise RequestError("prompt", f"the id {token_id} is outside the vocabulary of "
                                    f"{self.config.vocab_size} tokens")
         device, step = self.model.device, self.engine.scheduler.limits.step_tokens
-        cache = KVCache(self.config, 1, len(ids), self.model.dtype, device)
+        cache = KVCache(self.config, 1, len(ids), self.model.dtype, device, self.engine.cache.key_scales is not None)
         for start in range(0, len(ids), step):
             positions = torch.arange(start, min(start + step, len(ids)), device=device)
             segment = Segment(start, len(positions), ((0, start + len(positions)),))
@@ -248,9 +251,16 @@ class Llama:
             yield self.model.hidden(batch, cache)
 
 
-def _num_blocks(model: Transformer, limits: Limits, kv_cache_bytes: int | None) -> int:
+def _is_int8(kv_cache_dtype: str | None) -> bool:
+    if kv_cache_dtype not in (None, "int8"):
+        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported; give \"int8\", or nothing for the model's own")
+    return kv_cache_dtype is not None
+
+
+def _num_blocks(model: Transformer, limits: Limits, kv_cache_bytes: int | None, int8_cache: bool) -> int:
     """Blocks of the KV cache within its memory. Raises ConfigError if that is less than one."""
-    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(str(model.dtype).removeprefix("torch."))
+    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(
+        "int8" if int8_cache else str(model.dtype).removeprefix("torch."))
     useful = limits.max_running * -(-limits.max_context // BLOCK_SIZE)
     budget = _free_memory(model.device) // 2 if kv_cache_bytes is None else kv_cache_bytes
     if budget < block_bytes:

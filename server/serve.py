@@ -119,8 +119,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ServeError(f"{args.host} can be reached from elsewhere, and there is no API key; give --api-key, "
                          "--api-key-file or --allow-anonymous")
     options = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "max_context": args.context,
-               "kv_cache_bytes": args.kv_cache, "prompt_lookup": args.prompt_lookup, "draft": args.draft,
-               "deterministic": args.deterministic, "progress": False}
+               "kv_cache_bytes": args.kv_cache, "kv_cache_dtype": args.kv_cache_dtype,
+               "prompt_lookup": args.prompt_lookup, "draft": args.draft, "deterministic": args.deterministic,
+               "progress": False}
     if args.max_running is not None:
         options["limits"] = {"max_running": args.max_running}
     spec = EngineSpec(args.model, options, args.threads, max_queued_requests=args.max_queued,

@@ -63,7 +63,7 @@ def describe(directory: Path, config: LlamaConfig, args: argparse.Namespace) -> 
     context = config.context_length(args.context)
     dtype = args.dtype or config.dtype
     free = _free_memory(args)
-    kv_bytes = config.kv_bytes_per_token(dtype)
+    kv_bytes = config.kv_bytes_per_token(args.kv_cache_dtype or dtype)
     quantize = config.quantization or args.quantize
     needed = config.num_weight_bytes(dtype, quantize) + OVERHEAD_BYTES
     contexts = sorted({length for length in _CONTEXTS if length < config.max_position_embeddings}

@@ -38,8 +38,8 @@ def load(args: argparse.Namespace) -> "Llama":
     from llama.runtime import Llama
 
     return Llama.load(directory, dtype=args.dtype, device=args.device, quantize=args.quantize, max_context=context,
-                      kv_cache_bytes=args.kv_cache, prompt_lookup=args.prompt_lookup, draft=args.draft,
-                      deterministic=args.deterministic)
+                      kv_cache_bytes=args.kv_cache, kv_cache_dtype=args.kv_cache_dtype,
+                      prompt_lookup=args.prompt_lookup, draft=args.draft, deterministic=args.deterministic)
 
 
 def sampling_params(args: argparse.Namespace, **more: object) -> SamplingParams:

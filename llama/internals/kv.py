@@ -97,7 +97,7 @@ def install(engine: Engine, state: KVState, salt: str) -> int:
         tokens = slice(place * size, (place + 1) * size)
         slots = torch.arange(block * size, (block + 1) * size, device=cache.keys.device)
         for layer in range(len(cache.keys)):
-            cache.write(layer, slots, *(part[layer, tokens].to(cache.keys) for part in (state.keys, state.values)))
+            cache.write(layer, slots, *(part[layer, tokens].to(cache.dtype) for part in (state.keys, state.values)))
         digest = block_digest(digest, array("q", state.ids[tokens]))
         pool.publish(block, digest)
     pool.release(blocks)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.model.cache import KVCache
+from llama.model.kernels import native
 from llama.model.ragged import RaggedBatch, Segment
 
 
@@ -39,17 +40,32 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     """
     if cache is None:
         return _self_attention(q, k, v, batch)
-    outputs, first = [], 0
+    out = torch.empty_like(q)
+    decodes = (batch.each if deterministic else batch.decodes) if _has_kernel(q, cache) else None
+    if decodes is not None:
+        native.attention(q, out, cache, layer, decodes)
+        if len(decodes.rows) == len(q):
+            return out
+    first = 0
     for segment in batch.segments:
         rows = slice(first, first + segment.length)
         first = rows.stop
+        if decodes is not None and segment.length == 1:
+            continue
         if deterministic or q.device.type != "cpu":
-            context = [torch.cat(part) for part in zip(*(cache.read(layer, run) for run in segment.runs))]
+            context = [part[0] if len(part) == 1 else torch.cat(part)
+                       for part in zip(*(cache.read(layer, run) for run in segment.runs))]
             one_way = _one_by_one if deterministic else attend
-            outputs.append(one_way(q[rows], *context))
+            out[rows] = one_way(q[rows], *context)
         else:
-            outputs.append(_cached_attention(q[rows], k[rows], v[rows], segment, cache, layer))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            out[rows] = _cached_attention(q[rows], k[rows], v[rows], segment, cache, layer)
+    return out
+
+
+def _has_kernel(q: Tensor, cache: KVCache) -> bool:
+    """Whether the compiled kernel computes decodes of this kind. It reads the cache once, as fast as memory gives it."""
+    return q.device.type == "cpu" and q.dtype == cache.dtype == torch.bfloat16 and q.shape[2] % 32 == 0 \
+        and native.library() is not None
 
 
 def _self_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llama.model.formats import BLOCK_ROWS, FORMATS, Format, fits
 from llama.model.kernels import native
+from llama.model.memory import huge_pages
 
 # Rows of every product in deterministic mode: as many as a decode can bear.
 TILE_ROWS = 32
@@ -68,8 +69,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.format = fmt
         self.dtype = dtype
-        self.register_buffer("blocks", torch.empty(out_features // BLOCK_ROWS, fmt.block_bytes(in_features),
-                                                   dtype=torch.uint8))
+        blocks = torch.empty(out_features // BLOCK_ROWS, fmt.block_bytes(in_features), dtype=torch.uint8)
+        self.register_buffer("blocks", huge_pages(blocks))
         self.register_buffer("scale", torch.empty(out_features) if fmt.has_scale else None)
 
     @property

@@ -5,6 +5,7 @@ attention looks at where one sequence ends and the next begins.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,6 +28,20 @@ class Segment:
     def end(self) -> int:
         """Positions that the sequence has once this step has run: its context length."""
         return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Some tokens of a step, and where the keys that each may see lie.
+
+    rows: [queries], int64, their places among the step's tokens. first, length: [queries], int64, their context as
+    slots[first : first + length]. slots: int32, of all contexts, one after another.
+    """
+
+    rows: Tensor
+    first: Tensor
+    length: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,34 @@ class RaggedBatch:
         count, length = rows.shape
         positions = torch.arange(length, device=ids.device).repeat(count)
         return cls(rows.reshape(-1), positions, (Segment(0, length),) * count)
+
+
+    @cached_property
+    def decodes(self) -> Queries | None:
+        """The tokens that are alone in their segments; None if there are none."""
+        return _queries(self.segments, 1)
+
+    @cached_property
+    def each(self) -> Queries:
+        """Every token, as if it were decoded."""
+        return _queries(self.segments, max(segment.length for segment in self.segments))
+
+
+def _queries(segments: tuple[Segment, ...], longest: int) -> Queries | None:
+    """The tokens of segments that are no longer than this."""
+    rows, first, length, slots = [], [], [], []
+    row = begin = 0
+    for segment in segments:
+        if segment.length <= longest:
+            rows.append(np.arange(row, row + segment.length))
+            first.append(np.full(segment.length, begin))
+            length.append(np.arange(segment.start + 1, segment.end + 1))
+            slots += [np.arange(*run, dtype=np.int32) for run in segment.runs]
+            begin += segment.end
+        row += segment.length
+    if not rows:
+        return None
+    return Queries(*(torch.from_numpy(np.concatenate(part)) for part in (rows, first, length, slots)))
 
 
 def block_slots(table: np.ndarray, start: int, end: int, block_size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama.config import LlamaConfig
+from llama.model.kernels import native
 
 
 def inverse_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -46,5 +47,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: [tokens, heads, head_dim] in any float dtype, which the result keeps; computed in float32. Pairing
     halves is Hugging Face's layout; Meta's interleaved pairs are the same function once wq and wk are permuted.
     """
+    if native.serves(x) and x.shape[2] % 32 == 0 and cos.is_contiguous() and sin.is_contiguous():
+        return native.rotate(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

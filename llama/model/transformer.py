@@ -13,12 +13,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
 from llama.model.attention import ragged_attention
 from llama.model.cache import KVCache
+from llama.model.elementwise import norm_scale, normalise, swiglu
 from llama.model.formats import QUANTISED
 from llama.model.linear import Linear, PackedLinear, make_linear
 from llama.model.ragged import RaggedBatch
@@ -40,10 +40,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)  # [tokens, 1]
-        scale = at(self.site + ".scale", scale)
-        return at(self.site, self.weight * (wide * scale).to(x.dtype))
+        scale = at(self.site + ".scale", norm_scale(x, self.eps))  # [tokens, 1]
+        return at(self.site, normalise(x, scale, self.weight))
 
 
 class Attention(nn.Module):
@@ -72,11 +70,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202).
-
-    deterministic: silu row by row. Where a thread's share ends amid a vector, the last elements are computed in
-    another way, an ulp apart; a row that is a call by itself is shared out the same in any company.
-    """
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig, linear: MakeLinear):
         super().__init__()
@@ -88,8 +82,7 @@ class FeedForward(nn.Module):
         """[tokens, hidden] -> [tokens, hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [tokens, intermediate]
         gate, up = at("mlp.gate", gate), at("mlp.up", up)
-        activated = torch.cat([F.silu(row) for row in gate.split(1)]) if self.deterministic else F.silu(gate)
-        return at("mlp_out", self.down(at("mlp.act", activated * up)))
+        return at("mlp_out", self.down(at("mlp.act", swiglu(gate, up, row_by_row=self.deterministic))))
 
 
 class Block(nn.Module):

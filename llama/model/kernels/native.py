@@ -18,12 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama.model.cache import KVCache
 from llama.model.formats import BLOCK_ROWS, INT4, Format
+from llama.model.ragged import Queries
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "pack.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "pack.c", "attention.c", "elementwise.c"))
 REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# Without contraction: what a definition multiplies and then adds is rounded twice here too.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 VECTORS, TILES = 0, 1
+LANES = 16
 # From so many rows on, int4's tiles are ahead of its vectors (benchmarks/README.md); in the other formats they always are.
 INT4_TILE_ROWS = 17
 
@@ -36,6 +40,33 @@ class _Product(ctypes.Structure):
                 ("rows", ctypes.c_int64), ("outs", ctypes.c_int64), ("ins", ctypes.c_int64),
                 ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("x", ctypes.c_void_p),
                 ("y", ctypes.c_void_p), ("scratch", ctypes.c_void_p)]
+
+
+class _Attention(ctypes.Structure):
+    """As in attention.c."""
+
+    _fields_ = [("kind", ctypes.c_int32), ("threads", ctypes.c_int32),
+                *((name, ctypes.c_int64) for name in ("queries", "num_heads", "num_kv_heads", "head_dim")),
+                *((name, ctypes.c_void_p) for name in ("q", "out", "keys", "values", "key_scale", "value_scale", "rows",
+                                                       "first", "length", "slots", "scratch"))]
+
+
+def attention(q: Tensor, out: Tensor, cache: KVCache, layer: int, queries: Queries) -> None:
+    """`llama.model.attention.attend` of some tokens, each over its own context in the cache: q and out are [tokens,
+    num_heads, head_dim], bfloat16, of which the rows of `queries` are read and written. Only where `library()` is not
+    None, head_dim a multiple of 32."""
+    q = q.contiguous()
+    keys, values = cache.keys[layer], cache.values[layer]
+    scales = [None if all_scales is None else all_scales[layer].data_ptr()
+              for all_scales in (cache.key_scales, cache.value_scales)]
+    call = _Attention(int(keys.dtype == torch.int8), torch.get_num_threads(), len(queries.rows), q.shape[1],
+                      keys.shape[1], q.shape[2], q.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr(), *scales,
+                      queries.rows.data_ptr(), queries.first.data_ptr(), queries.length.data_ptr(),
+                      queries.slots.data_ptr(), None)
+    reference = ctypes.byref(call)
+    scratch = torch.empty(library().attention_scratch(reference))
+    call.scratch = scratch.data_ptr()
+    library().attention(reference)
 
 
 def product(x: Tensor, blocks: Tensor, scale: Tensor | None, fmt: Format, *, wide: bool = False) -> Tensor:
@@ -61,10 +92,50 @@ def pack(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     weight = weight.float().contiguous()
     blocks = torch.empty(rows // BLOCK_ROWS, fmt.block_bytes(columns), dtype=torch.uint8)
     scale = torch.empty(rows) if fmt.has_scale else None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library().pack(fmt.code, pointer(weight.data_ptr()), size(rows), size(columns), size(blocks.shape[1]),
-                   pointer(blocks.data_ptr()), pointer(None if scale is None else scale.data_ptr()))
+    library().pack(fmt.code, weight.data_ptr(), rows, columns, blocks.shape[1], blocks.data_ptr(),
+                   None if scale is None else scale.data_ptr())
     return blocks, scale
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the element-wise kernels compute what is done to this: bfloat16 on the CPU, whole vectors, no gradient."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % LANES == 0 \
+        and not (x.requires_grad and torch.is_grad_enabled()) and library() is not None
+
+
+def norm_scale(x: Tensor, eps: float) -> Tensor:
+    """`llama.model.elementwise.norm_scale`, where `serves(x)`."""
+    rows, size = x.shape
+    x, scale = x.contiguous(), torch.empty(rows, 1)
+    library().norm_scale(x.data_ptr(), scale.data_ptr(), rows, size, eps, torch.get_num_threads())
+    return scale
+
+
+def normalise(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """`llama.model.elementwise.normalise`, where `serves(x)`."""
+    x, scale, y = x.contiguous(), scale.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    library().normalise(x.data_ptr(), scale.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, torch.get_num_threads())
+    return y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`llama.model.elementwise.swiglu`, where `serves(gate)`."""
+    if gate.stride() != up.stride() or gate.stride(1) != 1:
+        gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    library().swiglu(gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0), torch.get_num_threads())
+    return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`llama.model.rope.rotate`, where `serves(x)` and head_dim is a multiple of 32."""
+    rows, heads, head_dim = x.shape
+    if x.stride()[1:] != (head_dim, 1):
+        x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    library().rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), rows, heads, head_dim // 2, x.stride(0),
+                     torch.get_num_threads())
+    return y
 
 
 def kernel_for(fmt: Format, rows: int) -> int:
@@ -87,8 +158,16 @@ def library() -> ctypes.CDLL | None:
     if why_not() is not None:
         return None
     loaded = ctypes.CDLL(str(_build()))  # with the OpenMP that torch has loaded: one pool of threads
-    loaded.scratch_bytes.restype = ctypes.c_int64
-    loaded.product.restype = loaded.pack.restype = None
+    pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    for name, types in {"pack": (ctypes.c_int32, pointer, size, size, size, pointer, pointer),
+                        "norm_scale": (pointer, pointer, size, size, ctypes.c_float, threads),
+                        "normalise": (pointer, pointer, pointer, pointer, size, size, threads),
+                        "swiglu": (pointer, pointer, pointer, size, size, size, threads),
+                        "rotate": (pointer, pointer, pointer, pointer, size, size, size, size, threads)}.items():
+        getattr(loaded, name).argtypes = types
+    for name in ("pack", "product", "attention", "norm_scale", "normalise", "swiglu", "rotate"):
+        getattr(loaded, name).restype = None
+    loaded.scratch_bytes.restype = loaded.attention_scratch.restype = size
     return loaded
 
 
