@@ -114,6 +114,12 @@ def test_a_plan_that_cannot_be_is_400_by_field(server, plan, more, param, senten
     assert status == 400 and answer["error"]["param"] == param and sentence in answer["error"]["message"]
 
 
+def test_the_description_of_the_server_says_what_can_be_asked(server):
+    document = json.loads(server.ask(b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").body)
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert "x_trace" in fields and "/v1/traces/{id}" in document["paths"]
+
+
 def test_what_never_came_is_400_after_the_run(server):
     status, answer = chat(server, {"edits": [{"edit": "zero", "site": "embed", "positions": [58, 59]}]}, stop=" ")
     assert status == 400 and answer["error"]["code"] == "trace_unfulfilled"
