@@ -2,8 +2,8 @@
 
     python -m benchmarks.trace --model DIR [--tokens N] [--positions N] [--layers N] [--repeats N] [--json]
 
-Decode is measured step by step in turns: a step without a plan, the same with one site captured, with every resid_post. A
-sweep is measured beside one run of the whole prompt for each patch, of which only some are run and the rest counted.
+Decode is measured step by step in turns: a step without a plan, the same with one site captured, with every resid_post.
+A sweep is measured beside one run of the whole prompt for each patch, of which only some are run and the rest counted.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory; random weights will do")
     parser.add_argument("--tokens", type=int, default=48, help="decode steps of each kind")
-    parser.add_argument("--positions", type=int, default=32, help="positions of the sweep, which is the prompt's length")
+    parser.add_argument("--positions", type=int, default=32, help="positions of the sweep: the prompt's length")
     parser.add_argument("--layers", type=int, help="layers of the sweep; by default all")
     parser.add_argument("--repeats", type=int, default=2, help="turns of the sweep")
-    parser.add_argument("--loop-runs", type=int, default=8, help="separate runs that are timed, of as many as there are patches")
+    parser.add_argument("--loop-runs", type=int, default=8, help="separate runs that are timed, of one for each patch")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     machine = hardware()
@@ -65,8 +65,10 @@ def captures(model: Llama, num_tokens: int) -> dict[str, Any]:
         for name in names[turn % len(names):] + names[:turn % len(names)]:  # nobody always comes first
             taken[name].append(seconds(engines[name].step))
     costs = {name: statistics.median(values) / statistics.median(taken["no plan"]) for name, values in taken.items()}
-    show(f"A decode step, {num_tokens} of each, in turns ({model.dtype})", ["captured", "seconds", "times no plan", "allowed"],
-         [[name, spread(summary(values)), f"{costs[name]:.4f}", BOUNDS.get(name, "")] for name, values in taken.items()])
+    show(f"A decode step, {num_tokens} of each, in turns ({model.dtype})",
+         ["captured", "seconds", "times no plan", "allowed"],
+         [[name, spread(summary(values)), f"{costs[name]:.4f}", BOUNDS.get(name, "")]
+          for name, values in taken.items()])
     return {name: {"seconds": summary(values), "cost": costs[name]} for name, values in taken.items()}
 
 

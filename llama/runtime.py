@@ -161,6 +161,10 @@ class Llama:
         """A prompt's ids: beginning-of-text and the text, or the ids as they are."""
         return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
 
+    def token_text(self, token_id: int) -> str:
+        """One id as it would be shown, control tokens too; bytes that are no whole character as \ufffd."""
+        return self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
     def encode_chat(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """The prompt's ids for a conversation, as the checkpoint's template writes it."""
         if self.template is None:
@@ -205,7 +209,7 @@ class Llama:
         for place, [completion] in self._driver.complete(requests):
             ids, _, plan = requests[place]
             every = (*ids, *completion.ids)
-            tokens = tuple(self.tokenizer.token_bytes(token).decode("utf-8", "replace") for token in every)
+            tokens = tuple(map(self.token_text, every))
             values, found = assemble(completion.captured, bounds[place], len(every) - 1)
             results[place] = Trace(every, tokens, len(ids), values, found, plan, completion.text)
         return results[0] if one else results

@@ -60,6 +60,9 @@ def _paths(served: Served) -> dict[str, Any]:
     paths = {f"/project/p-{{Project_Id}}/genai/{name}/v1/chat/completions":
              _post(f"project_{chat[0]}_{number}", *chat[1:], parameters=project)
              for number, name in enumerate(served.names)}
+    if served.has_traces:
+        paths["/v1/traces/{id}"] = _get("trace", "What x_trace caught, if it was large: a safetensors file",
+                                        {"application/octet-stream": {}}, parameters=[model], errors=(404, *_OF_GET))
     return paths | {
         "/v1/chat/completions": _post(*chat),
         "/v1/completions": _post("completion", "Continue texts", "CompletionRequest", "Completion",
@@ -67,8 +70,6 @@ def _paths(served: Served) -> dict[str, Any]:
         "/v1/models": _get("models", "The models that are served", _json("ModelList")),
         "/v1/models/{id}": _get("model", "One of them", _json("Model"), parameters=[model],
                                 errors=(404, *_OF_GET)),
-        "/v1/traces/{id}": _get("trace", "What x_trace caught, if it was large: a safetensors file",
-                                {"application/octet-stream": {}}, parameters=[model], errors=(404, *_OF_GET)),
         "/tokenize": _post("tokenize", "Text or a conversation to token ids", "TokenizeRequest", "Tokenized"),
         "/detokenize": _post("detokenize", "Token ids to text", "DetokenizeRequest", "Detokenized"),
         "/health": _probe("health", "Whether the server lives: the engine answers"),

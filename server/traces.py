@@ -1,4 +1,4 @@
-"""`x_trace`: a plan in a request, what it caught in the reply; large catches wait to be fetched. Data only, never code."""
+"""`x_trace`: a plan in a request, what it caught in the reply; large catches wait to be fetched. Data, never code."""
 
 import secrets
 import threading
@@ -26,7 +26,7 @@ INLINE_NUMBERS = 4096
 
 
 class TraceStore:
-    """Captures that are too large for a reply, by ids that cannot be guessed. The oldest leave when there is no room."""
+    """Captures too large for a reply, by ids that cannot be guessed. The oldest leave when there is no room."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, bytes] = OrderedDict()
@@ -77,7 +77,8 @@ def reply(call: Call, served: Served, events: Iterable[TraceEvent], num_generate
     Raises TraceError where the run did not bring what the plan asks for.
     """
     num_prompt, most = _sizes(call, served)
-    arrays, positions = assembled(events, call.trace.bind(served.config, num_prompt, most), num_prompt + num_generated - 1)
+    bound = call.trace.bind(served.config, num_prompt, most)
+    arrays, positions = assembled(events, bound, num_prompt + num_generated - 1)
     sites = {name: {"shape": list(array.shape), "positions": list(positions[name])} for name, array in arrays.items()}
     if sum(array.size for array in arrays.values()) > INLINE_NUMBERS:
         body = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})

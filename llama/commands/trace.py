@@ -70,6 +70,6 @@ def _write_page(args: argparse.Namespace, llm, prompt: list[int], plan: TracePla
              "tokens": f"{trace.num_prompt} of prompt, {len(trace.ids) - trace.num_prompt} generated"}
     if plan.edits:
         facts["edits"] = json.dumps([{"edit": type(edit).__name__, "site": edit.site} for edit in plan.edits])
-    text = html(gather(llm.model, trace, lambda token: llm.tokenizer.token_bytes(token).decode("utf-8", "replace"), facts))
+    text = html(gather(llm.model, trace, llm.token_text, facts))
     atomically(Path(args.html), lambda partial: partial.write_text(text, "utf-8"))
     note(f"{args.html}: {len(text.encode()) / 1e6:.1f} MB, one page that needs nothing else")

@@ -21,7 +21,7 @@ _ROWS = 128
 
 
 def bound_plan(request: Request, config: LlamaConfig, max_ids: int) -> BoundPlan:
-    """The request's plan for this model. Raises RequestError, whose field is `trace` and whose message names the part."""
+    """The request's plan for this model. Raises RequestError, whose field is `trace`; its message names the part."""
     if request.params.n > 1:
         raise RequestError("n", "a request with a trace plan has one sample; send it again for another")
     try:

@@ -14,7 +14,7 @@ from llama.model.transformer import Llama
 
 @torch.inference_mode()
 def look(model: Llama, ids: Sequence[int], plan: TracePlan) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [tokens, vocab] of a prompt under a plan, and its captures by name, [positions, ...], in the model's dtype.
+    """Logits [tokens, vocab] of a prompt under a plan, and its captures by name, [positions, ...], in their own dtype.
 
     Raises PlanError.
     """

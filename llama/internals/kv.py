@@ -43,8 +43,8 @@ class KVState:
         except (OSError, SafetensorError) as error:
             raise TraceError(f"{path}: no keys and values can be read from it: {error}") from error
         if keys.shape != values.shape or keys.dim() != 4 or keys.shape[1:2] != ids.shape:
-            raise TraceError(f"{path}: keys {list(keys.shape)}, values {list(values.shape)} and ids {list(ids.shape)} do "
-                             "not go together")
+            raise TraceError(f"{path}: keys {list(keys.shape)}, values {list(values.shape)} and ids {list(ids.shape)} "
+                             "do not go together")
         return cls(tuple(ids.tolist()), keys, values)
 
 
@@ -75,7 +75,7 @@ def _read(cache: KVCache, ids: Sequence[int], runs: Sequence[tuple[int, int]]) -
 
 @torch.inference_mode()
 def install(engine: Engine, state: KVState, salt: str) -> int:
-    """Put keys and values into the engine's prefix cache, as if they had been computed there; returns for how many tokens.
+    """Put keys and values into the engine's prefix cache, as if computed there. Returns for how many tokens.
 
     A request with this salt whose prompt begins with these ids takes them, in whole blocks, instead of computing them.
     The salt keeps everyone else from them: give one that nobody else uses. They stay as long as nobody needs the room.
@@ -84,14 +84,15 @@ def install(engine: Engine, state: KVState, salt: str) -> int:
     cache, pool = engine.cache, engine.scheduler.pool
     expected = (cache.keys.shape[0], len(state.ids), *cache.keys.shape[2:])
     if state.keys.shape != expected or state.values.shape != expected:
-        raise TraceError(f"the keys are {list(state.keys.shape)}, the values {list(state.values.shape)}; for {len(state.ids)} "
-                         f"tokens this model has {list(expected)}")
+        raise TraceError(f"the keys are {list(state.keys.shape)}, the values {list(state.values.shape)}; for "
+                         f"{len(state.ids)} tokens this model has {list(expected)}")
     if not salt:
         raise TraceError("give a salt: without one, every request that begins with these ids would take them")
     size = pool.block_size
     count = len(state.ids) // size
     if count > pool.num_available:
-        raise TraceError(f"{count} blocks are needed, and {pool.num_available} of the KV cache's {pool.num_blocks} are free")
+        raise TraceError(f"{count} blocks are needed, and {pool.num_available} of the KV cache's {pool.num_blocks} are "
+                         "free")
     blocks, digest = pool.allocate(count), root_digest(salt)
     for place, block in enumerate(blocks):
         tokens = slice(place * size, (place + 1) * size)

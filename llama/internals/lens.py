@@ -39,8 +39,8 @@ class LensTable:
 
 
 @torch.inference_mode()
-def logit_lens(model: Llama, trace: Trace, k: int = 5, translators: Mapping[str, Callable[[Tensor], Tensor]] | None = None
-               ) -> LensTable:
+def logit_lens(model: Llama, trace: Trace, k: int = 5,
+               translators: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> LensTable:
     """Final norm and head on the residual stream after each layer (LessWrong, "interpreting GPT: the logit lens").
 
     trace: of LENS_SITES. translators: by name of the row, what is done to [positions, hidden] before, which makes it a
@@ -87,8 +87,8 @@ class Attribution:
 def attribute(model: Llama, trace: Trace, token: int, against: int | None = None, position: int = -1) -> Attribution:
     """Direct logit attribution: each part's share of token's logit, or of how far it is above that of `against`.
 
-    The residual stream is a sum, and final norm and head are linear once the norm's scale is held at what it was. trace:
-    of ATTRIBUTION_SITES. Raises TraceError where one is missing.
+    The residual stream is a sum, and final norm and head are linear once the norm's scale is held at what it was.
+    trace: of ATTRIBUTION_SITES. Raises TraceError where one is missing.
     """
     names = [trace.names(pattern) for pattern in ATTRIBUTION_SITES]
     num_layers, num_heads = model.config.num_layers, model.config.num_heads
@@ -124,8 +124,8 @@ def induction_scores(model: Llama, length: int = 32, repeats: int = 4, seed: int
                      ) -> Tensor:
     """How much each head attends to what followed the current token the last time: [layers, heads], 0 to 1.
 
-    Measured on random ids (the first `vocabulary` of all; None: every one), each text of `length` ids said twice: in the
-    second half, on the position after the earlier occurrence (arXiv:2209.11895). A mean over `repeats` texts.
+    Measured on random ids (the first `vocabulary` of all; None: every one), each text of `length` ids said twice: in
+    the second half, on the position after the earlier occurrence (arXiv:2209.11895). A mean over `repeats` texts.
     """
     generator = torch.Generator().manual_seed(seed)
     scores = []

@@ -1,8 +1,8 @@
 """Activation patching (arXiv:2202.05262): where, in a run that goes wrong, does a value of the right run put it right?
 
 A sweep tries every layer, position and perhaps head. What stands before the patched position, and below the patched
-layer, is as in the run that is patched: it is computed once, and every variant begins at its own layer and position, over
-the keys and values of that one run. Many variants are one step.
+layer, is as in the run that is patched: it is computed once, and every variant begins at its own layer and position,
+over the keys and values of that one run. Many variants are one step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -71,8 +71,8 @@ def sweep(model: Llama, clean: Sequence[int], corrupted: Sequence[int], metric: 
     positions: those to try; None for all. Raises PlanError for a site that cannot be patched so.
     """
     if len(clean) != len(corrupted):
-        raise PlanError("corrupted", f"the prompts have {len(clean)} and {len(corrupted)} tokens; patching goes position "
-                        "by position, so make them equally long")
+        raise PlanError("corrupted", f"the prompts have {len(clean)} and {len(corrupted)} tokens; patching goes "
+                        "position by position, so make them equally long")
     config = model.config
     layers = tuple(range(config.num_layers) if layers is None else layers)
     positions = tuple(range(len(clean)) if positions is None else positions)
@@ -128,8 +128,9 @@ class _Runner:
             start, length = variant.position, count - variant.position
             own = count + first
             segments.append(Segment(start, length, (((0, start),) if start else ()) + ((own, own + length),)))
-            plan = TracePlan(edits=(Replace(variant.label, variant.value, [start]),)).bind(self.model.config, count, count)
-            parts.append(Part(plan, segments[-1], range(first, first + length), range(start, count)))
+            plan = TracePlan(edits=(Replace(variant.label, variant.value, [start]),))
+            bound = plan.bind(self.model.config, count, count)
+            parts.append(Part(bound, segments[-1], range(first, first + length), range(start, count)))
             positions.append(torch.arange(start, count, device=device))
             first += length
         where = torch.cat(positions)  # [rows]
@@ -147,10 +148,10 @@ class _Runner:
 def steering_vector(towards: Sequence[Trace], away: Sequence[Trace], site: str, position: int = -1) -> Tensor:
     """The mean of a site over some prompts less that over others: a direction to Add (arXiv:2308.10248).
 
-    position: at which token of each; -1 is the prompt's last. Returns one token's value. Raises TraceError where the site
-    was not captured there.
+    position: at which token of each; -1 is the prompt's last. Returns one token's value. Raises TraceError where the
+    site was not captured there.
     """
     if not towards or not away:
         raise TraceError("a steering vector needs at least one trace on each side")
-    wanted, unwanted = (torch.stack([trace.at(site, position) for trace in side]).mean(dim=0) for side in (towards, away))
-    return wanted - unwanted
+    means = [torch.stack([trace.at(site, position) for trace in side]).mean(dim=0) for side in (towards, away)]
+    return means[0] - means[1]

@@ -57,7 +57,9 @@ def html(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     template = _TEMPLATE.read_text("utf-8")
     assert template.count(_GAP) == 1
-    return template.replace(_GAP, text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    for letter in "<\u2028\u2029":  # none of which can end the script, or a line of it
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return template.replace(_GAP, text)
 
 
 def _lens(table: LensTable, token_text: Callable[[int], str]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def attention_scores(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
 
 
 def mix(pattern: Tensor, v: Tensor) -> Tensor:
-    """pattern v: [rows, num_heads, context], [context, num_kv_heads, head_dim] -> [rows, num_heads, head_dim], float32."""
+    """pattern v, in float32: pattern [rows, num_heads, context], v [context, num_kv_heads, head_dim] -> [rows, num_heads,
+    head_dim]."""
     grouped = pattern.unflatten(1, (v.shape[1], -1))  # [rows, num_kv_heads, group, context]
     return torch.einsum("rkgc,ckd->rkgd", grouped, v.float()).flatten(1, 2)
 

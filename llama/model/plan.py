@@ -51,7 +51,8 @@ class TracePlan:
         set_field(self, "positions", checked(self.positions, "positions"))
         set_field(self, "capture", tuple(Capture(one.site, checked(one.positions, f"capture[{number}].positions"))
                                          for number, one in enumerate(captures)))
-        set_field(self, "edits", tuple(checked_edit(edit, f"edits[{number}]") for number, edit in enumerate(self.edits)))
+        edits = (checked_edit(edit, f"edits[{number}]") for number, edit in enumerate(self.edits))
+        set_field(self, "edits", tuple(edits))
         if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 0:
             raise PlanError("max_bytes", f"{self.max_bytes!r} is no number of bytes")
 

@@ -50,7 +50,8 @@ def places(pattern: str, config: LlamaConfig, field: str) -> list[Place]:
     """
     match = _FORM.fullmatch(pattern) if isinstance(pattern, str) else None
     if match is None:
-        raise PlanError(field, f"{pattern!r} is no site: write it as layers.3.attn.pattern[head=2], with * for any name")
+        raise PlanError(field, f"{pattern!r} is no site: write it as layers.3.attn.pattern[head=2], with * for any "
+                        "characters")
     parts = _parts(pattern, match["parts"], field)
     found = [Place(name, layer, site, **parts) for name, layer, site in all_sites(config)
              if fnmatchcase(name, match["names"])]

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from llama.engine.propose import PromptLookup
-from llama.engine.request import RequestError, SamplingParams
-from llama.internals.trace import Capture, Scale, TraceError, TracePlan, Zero
+from llama.engine.request import RequestError, SamplingParams, TraceEvent
+from llama.internals.trace import Capture, Scale, TraceError, TracePlan, Zero, assemble
 from llama.model.transformer import Llama
 from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
@@ -146,3 +146,10 @@ def test_what_was_asked_for_and_never_came_is_an_error(pair):
                             r"edits\[1\], Zero at layers.1.mlp_out, never fired: only 41 positions were computed")):
         with pytest.raises(TraceError, match=sentence):
             run(small_engine(model), [type(request("x", PROMPT, None))("x", tuple(PROMPT), stops, trace=plan)])
+
+
+def test_guesses_beyond_the_end_do_not_count(pair):
+    bound = TracePlan(("embed",)).bind(pair[1].config, 2, 5)
+    event = TraceEvent("x", "embed", (0, 1, 2, 3), torch.arange(4.0)[:, None].expand(4, 48).numpy())
+    values, positions = assemble([event], bound, 3)
+    assert positions == {"embed": (0, 1, 2)} and values["embed"][:, 0].tolist() == [0, 1, 2]

@@ -90,7 +90,8 @@ def test_a_steered_generation_is_that_of_a_model_with_the_vector_in_it(model, th
     plan = TracePlan(edits=(Add("layers.0.resid_post", vector),))
     ids, _ = run(small_engine(model), [request("x", IDS, plan, 15)])["x"]
     hook = theirs.model.layers[0].register_forward_hook(lambda _, __, output: output + vector)
-    expected = theirs.generate(torch.tensor([IDS]), max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(torch.tensor([IDS]), max_new_tokens=15, do_sample=False, eos_token_id=None,
+                               pad_token_id=0)
     hook.remove()
     assert ids == expected[0, len(IDS):].tolist()
     assert ids != run(small_engine(model), [request("x", IDS, None, 15)])["x"][0]
@@ -132,7 +133,8 @@ def test_an_edit_stays_at_its_positions_and_in_its_request(model, plain):
 
 def test_a_cached_prefix_is_never_that_of_other_edits(model):
     engine, ids = small_engine(model), IDS + OTHER
-    first, second = (TracePlan((Capture("logits", -1),), edits=(Add("layers.0.attn.v", x, positions=[1]),)) for x in (1, 2))
+    first, second = (TracePlan((Capture("logits", -1),), edits=(Add("layers.0.attn.v", size, positions=[1]),))
+                     for size in (1, 2))
     for plan in (None, first, second, first, None):
         [new], values = run(engine, [request("x", ids, plan)])["x"]
         expected = logits_of(model, ids, plan.edits if plan else ())[-1]
@@ -156,16 +158,18 @@ def test_a_plan_comes_back_from_json_as_it_went(model):
 
 @pytest.mark.parametrize("raw, sentence", [
     ([], "plan: a plan is an object"), ({"captures": []}, "captures: a plan has no such field"),
-    ({"capture": "embed"}, "capture: capture is a list"), ({"capture": [3]}, r"capture\[0\]: a capture is a site's name"),
-    ({"capture": [{"site": "embed", "at": 1}]}, r"capture\[0\]: "), ({"positions": "all"}, "positions: positions are a whole"),
+    ({"capture": "embed"}, "capture: capture is a list"),
+    ({"capture": [3]}, r"capture\[0\]: a capture is a site's name"),
+    ({"capture": [{"site": "embed", "at": 1}]}, r"capture\[0\]: "),
+    ({"positions": "all"}, "positions: positions are a whole"),
     ({"positions": [1, True]}, "positions: positions are a whole"), ({"positions": {"from": 1}}, "has start and stop"),
     ({"max_bytes": -1}, "max_bytes: -1 is no number of bytes"), ({"edits": {}}, "edits: edits is a list"),
-    ({"edits": [{"edit": "exec"}]}, r"edits\[0\]: an edit is an object whose \"edit\" is one of add, replace, zero, scale"),
+    ({"edits": [{"edit": "exec"}]}, r"edits\[0\]: an edit is an object whose \"edit\" is one of add, replace, zero"),
     ({"edits": [{"edit": "zero"}]}, r"edits\[0\]: zero needs site"),
     ({"edits": [{"edit": "zero", "site": "embed", "factor": 1}]}, r"edits\[0\]: zero has no field 'factor'"),
     ({"edits": [{"edit": "scale", "site": "embed", "factor": "2"}]}, r"edits\[0\].factor: '2' is no finite number"),
     ({"edits": [{"edit": "add", "site": "embed", "vector": "abc"}]}, r"edits\[0\].vector: a vector holds numbers"),
-    ({"edits": [{"edit": "add", "site": "embed", "vector": [1, [2]]}]}, r"edits\[0\].vector: a vector holds numbers, in"),
+    ({"edits": [{"edit": "add", "site": "embed", "vector": [1, [2]]}]}, r"edits\[0\].vector: a vector holds numbers"),
     ({"edits": [{"edit": "add", "site": "embed", "vector": [1e400]}]}, r"edits\[0\].vector: a vector holds finite"),
 ])
 def test_json_that_is_no_plan_is_refused_by_field(raw, sentence):
@@ -175,7 +179,7 @@ def test_json_that_is_no_plan_is_refused_by_field(raw, sentence):
 
 @pytest.mark.parametrize("edit, sentence", [
     (Add("embed", [1.0, 2.0]), r"the vector's shape is \[2\]; embed takes one number, or \[48\]"),
-    (Replace("layers.0.attn.q[head=1]", torch.zeros(3, 16), [1, 2]), r"one number, or \[16\], or \[2, 16\], a row for each"),
+    (Replace("layers.0.attn.q[head=1]", torch.zeros(3, 16), [1, 2]), r"one number, or \[16\], or \[2, 16\], a row for"),
     (Replace("layers.0.attn.pattern", [0.0, 1.0]), "is as long as its context is: give one number"),
     (Zero("layers.0.nothing"), "matches no site"), (Zero("embed", 23), "position 23 is never computed")])
 def test_an_edit_that_cannot_be_made_is_refused(model, edit, sentence):

@@ -83,7 +83,7 @@ def test_a_sweep_by_head_patches_one_heads_columns(theirs, model):
 
 def test_what_is_recovered_is_a_share_of_the_way(model):
     found = sweep(model, CLEAN, CORRUPTED, METRIC, layers=[2], positions=[0, 39])
-    assert found.recovered[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-4)  # all of it at the last, nothing at the first
+    assert found.recovered[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-4)  # nothing at the first, all at the last
 
 
 def test_prompts_of_unequal_length_are_not_swept(model):

@@ -101,8 +101,7 @@ def traced(llm):
     prompt = llm.encode_chat([{"role": "user", "content": "What is 17 + 25?"}])
     plan = report_plan(llm.config, len(prompt))
     trace = llm.trace(prompt, plan.capture, params=SamplingParams(temperature=0.0, max_tokens=12))
-    data = gather(llm.model, trace, lambda token: llm.tokenizer.token_bytes(token).decode("utf-8", "replace"),
-                  {"model": "</script><b id=planted>"})
+    data = gather(llm.model, trace, llm.token_text, {"model": "</script><b id=planted>"})
     return trace, data
 
 
@@ -114,7 +113,8 @@ def test_the_page_shows_the_run_and_loads_nothing(browser, traced, tmp_path):
     browser.open(f"file://{tmp_path}/page.html")
     assert browser.complaints() == [] and browser.run("return document.getElementById('planted')") is None
     assert browser.text("#facts dd") == "</script><b id=planted>"
-    assert browser.run("return [...document.querySelectorAll('#text span')].map(one => one.textContent)") == list(trace.tokens)
+    shown = browser.run("return [...document.querySelectorAll('#text span')].map(one => one.textContent)")
+    assert shown == list(trace.tokens)
     cells = browser.run("return [...document.getElementById('lens').rows].map(row => row.cells.length)")
     assert cells == [len(trace.ids)] * 7  # a header and six rows; a name and a cell for each computed token
     assert browser.run("return document.querySelectorAll('#heads canvas').length") == 20

@@ -86,7 +86,7 @@ def test_a_kernel_that_is_not_its_pattern_times_the_values_is_found_out(pair, mo
     _, model, _ = pair
     kernel = transformer.ragged_attention
     monkeypatch.setattr(transformer, "ragged_attention", lambda *args: kernel(*args) * 1.01)
-    with pytest.raises(PatternError, match="layers.0.attn.pattern: the attention kernel is .* away from the recomputed"):
+    with pytest.raises(PatternError, match="layers.0.attn.pattern: the attention kernel is .* away from the recomp"):
         whole(model, IDS, TracePlan(("layers.0.attn.scores",)))
     whole(model, IDS, TracePlan(("layers.0.attn.heads",)))  # who does not ask is not stopped
 

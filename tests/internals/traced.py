@@ -53,7 +53,7 @@ def logits_of(model: Llama, ids: list[int], edits: Iterable = ()) -> Tensor:
 
 
 def on_every_path(model: Llama, ids: list[int], num_prompt: int, plan: TracePlan) -> dict[str, dict[str, Tensor]]:
-    """The same prompt and the same (greedy) continuation, computed in every way an engine may choose: captures by way."""
+    """The same prompt and (greedy) continuation, computed in every way an engine may choose: captures by way."""
     new, prompt = len(ids) - num_prompt + 1, ids[:num_prompt]
     mine = request("mine", prompt, plan, new)
     others = [request(f"other {n}", ids[n:2 * n + 1], None, 3 * n) for n in (3, 5, 8)]

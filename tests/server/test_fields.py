@@ -72,7 +72,10 @@ GUIDED = [
     ("guided_choice", [["a"], ["a", "b"]], [[], [""], "a", [1], ["a"] * 4097]),
     ("guided_grammar", ['start: "a"'], ["", "x", 1]),
 ]
+TRACE = ("x_trace", [None], [{}, {"capture": ["embed"]}, [], "embed", 1])  # this server has no --enable-trace
+
 CHAT = [
+    TRACE,
     ("messages", [[HI], [HI] * 32, *([{"role": role, "content": "x"}] for role in
                                      ("system", "user", "assistant", "tool", "ipython", "developer")),
                   [HI | {"content": None}], [HI | {"content": [{"type": "text", "text": ""}] * 1024}],
@@ -114,6 +117,7 @@ COMPLETION = [
      [[], [[]], [-1], [VOCAB], [1.5], [True], [1, "x"], ["x", 1], [[1], ["x"]], [[1], [VOCAB]], ["x"] * 1025,
       [[1]] * 1025, [1] * CONTEXT, [1] * (CONTEXT + 1), {}, 1]),
     ("suffix", [None], ["", "x", 1]),
+    TRACE,
     ("response_format", [{"type": "text"}, {"type": "json_object"}], [{}]),
     *GUIDED,
     ("max_tokens", [1, 400], [-1, 0, CONTEXT, 2**31]),

@@ -54,13 +54,15 @@ def post(server, path, **body):
 
 
 def chat(server, plan, **more):
-    return post(server, "/v1/chat/completions", **{"messages": SUM, "temperature": 0, "max_tokens": 12, "x_trace": plan} | more)
+    fields = {"messages": SUM, "temperature": 0, "max_tokens": 12, "x_trace": plan}
+    return post(server, "/v1/chat/completions", **fields | more)
 
 
 def test_small_captures_stand_in_the_reply(server, llm):
-    status, answer = chat(server, {"capture": ["layers.2.attn.scores[head=1]", "final_norm.scale"], "positions": [-1, 3]})
+    sites = ["layers.2.attn.scores[head=1]", "final_norm.scale"]
+    status, answer = chat(server, {"capture": sites, "positions": [-1, 3]})
     assert status == 200 and answer["choices"][0]["message"]["content"] == "17 + 25 = 42."
-    expected = llm.trace(SUM, ["layers.2.attn.scores[head=1]", "final_norm.scale"], [-1, 3], params=GREEDY)
+    expected = llm.trace(SUM, sites, [-1, 3], params=GREEDY)
     for name, site in answer["x_trace"]["sites"].items():
         values = np.array(site["values"], dtype=np.float32)  # null, which is no number, becomes NaN
         wanted = expected[name].numpy()
@@ -77,7 +79,8 @@ def test_large_captures_are_fetched_by_id(server, llm):
     assert status == 200 and "values" not in trace["sites"]["layers.0.mlp.act"]
     fetched = server.ask(f"GET /v1/traces/{trace['id']} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     assert fetched.status == 200 and len(fetched.body) == trace["bytes"]
-    expected = llm.trace("Hello", "layers.*.mlp.act", params=SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    expected = llm.trace("Hello", "layers.*.mlp.act", params=params)
     read = load(fetched.body)
     assert read.keys() == set(expected)
     assert all(np.abs(read[name] - expected[name].numpy()).max() < 1e-3 for name in read)
@@ -99,9 +102,10 @@ def test_edits_change_the_reply_of_their_own_request_alone(server, llm):
     ({"capture": ["layers.9.q"]}, {}, "x_trace.capture[0]", "x_trace: capture[0]: 'layers.9.q' matches no site"),
     ({"capture": "embed"}, {}, "x_trace.capture", "capture is a list"),
     ({"code": "import os"}, {}, "x_trace.code", "a plan has no such field"),
-    ({"capture": ["embed"], "max_bytes": 2**40}, {}, "x_trace.max_bytes", "at most 16,777,216 bytes may be captured here"),
+    ({"capture": ["embed"], "max_bytes": 2**40}, {}, "x_trace.max_bytes", "at most 16,777,216 bytes may be captured"),
     ({"capture": ["*"]}, {"ignore_eos": True, "max_tokens": 900}, "x_trace.capture[0]", "the captures take"),
-    ({"edits": [{"edit": "zero", "site": "embed", "positions": 600}]}, {}, "x_trace.edits[0].positions", "never computed"),
+    ({"edits": [{"edit": "zero", "site": "embed", "positions": 600}]}, {}, "x_trace.edits[0].positions",
+     "never computed"),
     ({"capture": ["embed"]}, {"stream": True}, "stream", "a trace does not come with stream"),
     ({"capture": ["embed"]}, {"n": 2}, "n", "a trace is of one sample"),
     ([], {}, "x_trace", "must be an object")])
@@ -110,9 +114,16 @@ def test_a_plan_that_cannot_be_is_400_by_field(server, plan, more, param, senten
     assert status == 400 and answer["error"]["param"] == param and sentence in answer["error"]["message"]
 
 
+def test_the_description_of_the_server_says_what_can_be_asked(server):
+    document = json.loads(server.ask(b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").body)
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert "x_trace" in fields and "/v1/traces/{id}" in document["paths"]
+
+
 def test_what_never_came_is_400_after_the_run(server):
     status, answer = chat(server, {"edits": [{"edit": "zero", "site": "embed", "positions": [58, 59]}]}, stop=" ")
-    assert status == 400 and answer["error"]["code"] == "trace_unfulfilled" and "never fired" in answer["error"]["message"]
+    assert status == 400 and answer["error"]["code"] == "trace_unfulfilled"
+    assert "never fired" in answer["error"]["message"]
 
 
 def test_without_the_flag_there_is_no_looking_inside():

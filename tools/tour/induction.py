@@ -2,7 +2,8 @@
 
 An induction head looks for the last time that the current token occurred, and attends to what came after it
 (arXiv:2209.11895). On random text said twice such heads stand out. That they are the cause is shown by taking them
-away: the second half becomes as hard as the first; without as many other heads of the same layer, hardly anything changes.
+away: the second half becomes as hard as the first; without as many other heads of the same layer, hardly anything
+changes.
 """
 
 from dataclasses import dataclass
@@ -44,12 +45,14 @@ def experiment(llm: Llama, length: int = 32, threshold: float = 0.3) -> Found:
     scores = induction_scores(llm.model, length, vocabulary=plain)
     heads = [tuple(place) for place in (scores > threshold).nonzero().tolist()]
     layers = {layer for layer, _ in heads}
-    rest = [(layer, head) for layer in layers for head in scores[layer].argsort().tolist() if (layer, head) not in heads]
+    rest = [(layer, head) for layer in layers for head in scores[layer].argsort().tolist()
+            if (layer, head) not in heads]
     half = torch.randint(plain, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     second = slice(length, None)  # of the losses, which begin with the second token
     plain_losses = losses(llm, half * 2, [])
-    return Found(scores, heads, plain_losses[second].mean().item(), losses(llm, half * 2, heads)[second].mean().item(),
-                 losses(llm, half * 2, rest[:len(heads)])[second].mean().item(), plain_losses[:length - 1].mean().item())
+    ablated, others = (losses(llm, half * 2, silent)[second].mean().item() for silent in (heads, rest[:len(heads)]))
+    return Found(scores, heads, plain_losses[second].mean().item(), ablated, others,
+                 plain_losses[:length - 1].mean().item())
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A sum, layer by layer: python -m tools.tour.lens
 
-The logit lens reads the residual stream after each layer as if it were the last. The model copies the question's numbers
-early; the digits of the answer appear in the last layer, and direct attribution says which part of it writes them.
+The logit lens reads the residual stream after each layer as if it were the last. The model copies the question's
+numbers early; the digits of the answer appear in the last layer, and direct attribution says which part of it writes them.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ def experiment(llm: Llama, first: int = 17, second: int = 25) -> Reading:
     reply = list(trace.tokens[trace.num_prompt:])
     digit = reply.index(" =") + 2  # after " =" and " "
     position = trace.num_prompt + digit - 1
-    return Reading(reply, list(lens.names), [[llm.tokenizer.decode([token]) for token in row] for row in lens.ids[..., 0].tolist()],
-                   lens.next_logprobs.exp().tolist(), attribute(llm.model, trace, trace.ids[position + 1], position=position))
+    said = [[llm.token_text(token) for token in row] for row in lens.ids[..., 0].tolist()]
+    return Reading(reply, list(lens.names), said, lens.next_logprobs.exp().tolist(),
+                   attribute(llm.model, trace, trace.ids[position + 1], position=position))
 
 
 def main() -> None:

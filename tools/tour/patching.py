@@ -1,8 +1,8 @@
 """Put one prompt's name into another: python -m tools.tour.patching
 
-Two people introduce themselves; the runs differ in the name alone. Where a value of the one run, put into the other, makes
-it greet the wrong person, there the name is: at first at the name's own tokens, and from some layer on at the place
-where it is about to be said.
+Two people introduce themselves; the runs differ in the name alone. Where a value of the one run, put into the other,
+makes it greet the wrong person, there the name is: at first at the name's own tokens, and from some layer on at the
+place where it is about to be said.
 """
 
 from dataclasses import dataclass
@@ -48,8 +48,10 @@ def main() -> None:
         print(f"{what}: {reply}")
     last = len(found.tokens) - 1
     places = [*found.name_at, *range(last - 4, last + 1)]
-    table("Share of the way to the one's name, by patched layer and token", ["layer", *(repr(found.tokens[p]) for p in places)],
-          [[layer, *(f"{row[place]:.0%}" for place in places)] for layer, row in enumerate(found.sweep.recovered.tolist())])
+    shares = found.sweep.recovered.tolist()
+    table("Share of the way to the one's name, by patched layer and token",
+          ["layer", *(repr(found.tokens[place]) for place in places)],
+          [[layer, *(f"{row[place]:.0%}" for place in places)] for layer, row in enumerate(shares)])
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ LAYER = "layers.0.attn"
 
 
 def turned(before: Tensor, after: Tensor) -> Tensor:
-    """By which angle each pair (i, i + half) was turned: [..., head_dim] twice -> [..., head_dim / 2], -π to π. NaN for
-    a pair that the model does not use, which is zero before and after."""
+    """By which angle each pair (i, i + half) was turned: [..., head_dim] twice -> [..., head_dim / 2], -π to π. NaN
+    for a pair that the model does not use, which is zero before and after."""
     pairs = [torch.complex(*value.double().chunk(2, dim=-1)) for value in (before, after)]
     return (pairs[1] / pairs[0]).angle()
 
 
 def experiment(llm: Llama, word: str = " the", count: int = 24) -> dict[str, Tensor]:
-    """angles, expected: [positions, pairs], measured and by formula, -π to π. scores: [positions, context], head 0's."""
+    """angles, expected: [positions, pairs], measured and by formula. scores: [positions, context], those of head 0."""
     ids = llm.tokenizer.encode(word)[:1] * count
     trace = llm.trace(ids, [f"{LAYER}.q", f"{LAYER}.q_rot", f"{LAYER}.scores"])
     angles = turned(trace[f"{LAYER}.q"][:, 0], trace[f"{LAYER}.q_rot"][:, 0])

@@ -1,7 +1,7 @@
 """Steer: python -m tools.tour.steering
 
-The mean difference between the residual streams of two kinds of prompt is a direction (arXiv:2308.10248). Added while the
-model answers, it makes a greeting be answered as a sum; subtracted, a sum as a greeting.
+The mean difference between the residual streams of two kinds of prompt is a direction (arXiv:2308.10248). Added while
+the model answers, it makes a greeting be answered as a sum; subtracted, a sum as a greeting.
 """
 
 from llama.engine.request import SamplingParams
