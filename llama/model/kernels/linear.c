@@ -24,7 +24,7 @@ enum {
     FEW = 8, MANY = 16,     // blocks that a thread takes at a time, when there are few rows of x or many
     DEPTH = 1024,           // bytes of each row of x that are worked through at a time when there are many
     PAD = 64,               // bytes between rows of x, so that they do not all fall into one set of the cache
-    AHEAD = 8192,           // how far ahead W is fetched, in bytes
+    AHEAD = 4096,           // how far ahead W is fetched, in bytes
 };
 
 typedef struct {
@@ -118,7 +118,7 @@ INLINE void put(const Product *p, int64_t row, int64_t block, __m512 values) {
         _mm256_storeu_si256((__m256i *)((uint16_t *)p->y + at), to_bf16(values));
 }
 
-INLINE void ahead(const uint8_t *from) { _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T1); }
+INLINE void ahead(const uint8_t *from) { _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0); }
 INLINE __m512 halves(const uint8_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE __m512i broadcast(const uint8_t *from) { return _mm512_set1_epi32(*(const int32_t *)from); }
 
