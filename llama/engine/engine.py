@@ -14,10 +14,11 @@ from torch import Tensor
 from llama.engine.batch import ragged_batch
 from llama.engine.blocks import BlockPool
 from llama.engine.constraint import PATIENCE_SECONDS, Compilation, Compiler, ConstraintError
+from llama.engine.limits import Limits
 from llama.engine.propose import Proposer
 from llama.engine.request import Event, Request, RequestError, StepError, TokenEvent, TokenLogprob
 from llama.engine.sampler import SampleRow, log_probabilities, sample
-from llama.engine.scheduler import Limits, Scheduler
+from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence
 from llama.engine.step import Outcome, Plan, Scheduled
 from llama.engine.tracing import bound_plan, look_at_logits, step_tap, trace_events

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llama.engine.blocks import BlockPool
+from llama.engine.limits import Limits
 from llama.engine.propose import Proposer
 from llama.engine.request import Event, PromptEvent, Request, SamplingParams, TokenLogprob
-from llama.engine.scheduler import Limits, Scheduler
+from llama.engine.scheduler import Scheduler
 from llama.engine.step import Outcome, Plan, Scheduled
 
 VOCAB = 7

@@ -10,9 +10,9 @@ import torch
 
 from llama.engine import engine as engine_module
 from llama.engine.engine import SCORED_ROWS
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, StepError, TokenEvent
-from llama.engine.scheduler import Limits
 from llama.model.linear import Linear
 from llama.model.transformer import FeedForward
 from tests.engine.running import TINY, alone, engine_of, run

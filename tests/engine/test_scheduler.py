@@ -2,8 +2,8 @@
 
 import pytest
 
+from llama.engine.limits import Limits
 from llama.engine.request import QueueFullError, RequestError
-from llama.engine.scheduler import Limits
 from tests.engine.simulation import Simulation, request
 
 LIMITS = Limits(max_context=64, max_running=8, step_tokens=16, mixed_step_tokens=8)
