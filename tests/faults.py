@@ -204,6 +204,15 @@ FAULTS = (
          "            self.proposer.forget(sequence)\n", "            pass\n"),
     ),
     *_faults(
+        "engine/limits.py",
+        ("no limit is a limit", "or value < 1:", "or value < 0:"),
+        ("a prompt may fill the context", "if most < 1:", "if most < 0:"),
+        ("an answer may leave the context", "params.max_tokens > most:", "params.max_tokens > most + 1:"),
+        ("more samples than run at once", "if params.n > self.max_running:", "if False:"),
+        ("an answer may leave the cache", "if needed > room:", "if needed > room + 1:"),
+        ("a prompt without max_tokens may fill the cache", "num_prompt < room:", "num_prompt <= room:"),
+    ),
+    *_faults(
         "engine/propose.py",
         ("any match instead of the longest", "while len(ends) > 1 and back < LONGEST_NGRAM:", "while False:"),
         ("the first of equal matches", "return int(ends[-1])", "return int(ends[0])"),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llama.config import ConfigError
 from llama.engine.request import Request, RequestError
 
 
@@ -11,7 +12,9 @@ class Limits:
 
     max_context: positions of one sequence. max_running: sequences in one step. step_tokens: tokens of one step
     while nobody decodes; mixed_step_tokens: while somebody does, and would wait for a long chunk to end.
-    max_queued_requests, max_queued_tokens: what may wait to be started.
+    max_queued_requests, max_queued_tokens: what may wait to be started. All are at least 1.
+
+    Raises ConfigError, which names the field.
     """
 
     max_context: int
@@ -20,6 +23,11 @@ class Limits:
     mixed_step_tokens: int = 64
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"the limit {name} must be an integer of at least 1, not {value!r}")
 
     def refuse_impossible(self, request: Request, room: int) -> None:
         """Raise RequestError, with the numbers, if a request can never run where the KV cache holds `room` tokens."""
