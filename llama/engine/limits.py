@@ -11,8 +11,9 @@ class Limits:
     """What an engine takes on.
 
     max_context: positions of one sequence. max_running: sequences in one step. step_tokens: tokens of one step
-    while nobody decodes; mixed_step_tokens: while somebody does, and would wait for a long chunk to end.
-    max_queued_requests, max_queued_tokens: what may wait to be started. All are at least 1.
+    while nobody decodes; mixed_step_tokens: while somebody does, and would wait for a long chunk to end. However
+    many decode, prompts have a quarter of these beside them. max_queued_requests, max_queued_tokens: what may wait
+    to be started. All are at least 1.
 
     Raises ConfigError, which names the field.
     """

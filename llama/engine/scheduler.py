@@ -1,9 +1,9 @@
 """Who computes what in the next step, and what follows from what came out. No torch: numbers only.
 
-A step serves everyone who waits for their next token, then, with the token budget that is left, prompts: those
-that have begun, oldest first, then new ones in order of arrival. When blocks run out, the youngest running
-sequence gives all of its back and later resumes as if it had only just come; its ids are kept, and so are the
-blocks, in the pool, for as long as nobody needs the room.
+A step serves everyone who waits for their next token, then, with what is left of the token budget, and at least a
+quarter of it, prompts: those that have begun, oldest first, then new ones in order of arrival. When blocks run out,
+the youngest running sequence gives all of its back and later resumes as if it had only just come; its ids are kept,
+and so are the blocks, in the pool, for as long as nobody needs the room.
 """
 
 import secrets
@@ -89,7 +89,7 @@ class Scheduler:
         running = [sequence for sequence in self.running if only is None or sequence.request.id in only]
         num_decoding = sum(sequence.is_decoding for sequence in running)
         limit = self.limits.mixed_step_tokens if num_decoding else self.limits.step_tokens
-        budget = max(limit - num_decoding, 1)  # for prompts; whoever decodes has its token in any case
+        budget = max(limit - num_decoding, limit // 4, 1)  # for prompts; whoever decodes has its token in any case
         num_running = len(self.running)
         for sequence in running:
             if sequence not in self.running:
