@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time.
 
     plan    whose tokens are computed next, and where their keys and values go     (scheduler)
+    guess   what comes after those, where somebody can                              (propose, draft)
     run     the model on all of them at once, then the sampler                      (model, sampler)
     commit  append what was drawn, end what has ended, report                       (scheduler)
 """
@@ -104,6 +105,7 @@ class Engine:
             self._take_constraints(PATIENCE_SECONDS)
             return self._take_refusals()
         try:
+            self.scheduler.guess(plan)
             outcomes, captured = self._run(plan)
         except ConstraintError as error:
             self._refuse(error.sequence, str(error))

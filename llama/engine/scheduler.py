@@ -81,7 +81,8 @@ class Scheduler:
     # ---- plan -----------------------------------------------------------------------------------------------
 
     def plan(self, only: Container[str] | None = None) -> Plan:
-        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do.
+        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do. If nothing
+        comes of a plan, the next one is made as if this one had not been.
 
         only: ids of requests; whoever is not of them stays as it is.
         """
@@ -110,14 +111,15 @@ class Scheduler:
             if length:
                 self._make_room(sequence, length, plan)
                 plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
-        if self.proposer is not None:
-            self._add_drafts(plan, limit - sum(item.length for item in plan.scheduled))
         return plan
 
-    def _add_drafts(self, plan: Plan, budget: int) -> None:
+    def guess(self, plan: Plan) -> None:
         """Let those who decode guess ahead, never past the end that they are allowed, with what is left of the step
-        and of the pool: a guess takes no prompt's turn and nobody's blocks."""
+        and of the pool: a guess takes no prompt's turn and nobody's blocks. Raises what the proposer raises."""
+        if self.proposer is None:
+            return
         block_size = self.pool.block_size
+        budget = self.limits.mixed_step_tokens - sum(item.length for item in plan.scheduled)
         for place, item in enumerate(plan.scheduled):
             sequence = item.sequence
             room = (len(sequence.table) + self.pool.num_available) * block_size - item.start - item.length

@@ -136,6 +136,7 @@ class Simulation:
         plan = scheduler.plan()
         self.counts["steps"] += 1
         self.counts["preempted"] += sum(sequence in scheduler.waiting for sequence in before)
+        scheduler.guess(plan)
         self._check_plan(plan, decoding)
         self._compute(plan)
         events = scheduler.commit(plan, [self._outcome(item) for item in plan.scheduled])
@@ -152,6 +153,7 @@ class Simulation:
         """A step that comes to nothing, before or after the model has computed it."""
         plan = self.scheduler.plan()
         if is_computed:
+            self.scheduler.guess(plan)
             self._compute(plan)
         self.scheduler.check()
 

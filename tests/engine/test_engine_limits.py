@@ -196,10 +196,36 @@ def test_a_step_that_fails_is_done_again_as_if_it_had_not_been(monkeypatch, wher
         while True:
             try:
                 return step()
-            except (Failure, StepError):
+            except StepError as error:
+                assert isinstance(error.__cause__, Failure)
                 engine.check()
                 failures += 1
 
     monkeypatch.setattr(engine, "step", persistent)
     assert_same(run(engine, REQUESTS), plain)
     assert failures > 5
+
+
+def test_who_cannot_guess_for_one_can_go_on_with_the_others(model):
+    class Fails:
+        def propose(self, sequence, most):
+            if sequence.request.id == "bad":
+                raise Failure
+            return (7,)[:most]
+
+        def forget(self, sequence):
+            pass
+
+    good, bad = (request(name, [5, 6], max_tokens=8, ignore_eos=True, logprobs=0) for name in ("good", "bad"))
+    engine = engine_of(model, Limits(64), 16, proposer=Fails())
+    for one in (good, bad):
+        engine.submit(one)
+    events = engine.step()
+    while engine.scheduler.running[0].request.id == "good":
+        with pytest.raises(StepError) as failure:
+            engine.step()
+        assert failure.value.request_ids == ("good", "bad")
+        events += engine.step({"good"})
+    ids = [event.token_id for event in events if isinstance(event, TokenEvent) and event.request_id == "good"]
+    assert ids == alone(model, [good]).ids["good", 0]
+    assert engine.cancel("bad") and engine.scheduler.pool.num_held == 0
