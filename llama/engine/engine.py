@@ -170,6 +170,7 @@ class Engine:
         """One row for the token after the last known one, and one after each guess, as if those were known."""
         sequence, params = item.sequence, item.sequence.request.params
         rows, counts = [], sequence.counts
+        prompt_ids = () if params.repetition_penalty == 1 else sequence.distinct_prompt_ids
         for guessed in range(1 + len(item.draft)):
             if guessed:
                 counts = counts.copy()
@@ -181,7 +182,7 @@ class Engine:
                 if mask is not None and not _leaves_any(mask, banned):
                     banned = ()  # the text is whole: its grammar has nothing more to say
             rows.append(SampleRow(params, sequence.seed, index, len(sequence.ids) + guessed,
-                                  sequence.request.prompt_ids, counts, banned, mask))
+                                  prompt_ids, counts, banned, mask))
         return rows
 
     def _score_prompts(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[TokenLogprob, ...]]:

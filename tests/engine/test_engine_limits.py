@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from llama.engine.engine import SCORED_ROWS
 from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, StepError, TokenEvent
+from llama.engine.sampler import sample
 from llama.model.linear import Linear
 from llama.model.transformer import FeedForward
 from tests.engine.running import TINY, alone, engine_of, run
@@ -74,6 +76,24 @@ def test_min_tokens_counts_guesses(model):
     guessed = run(engine_of(model, Limits(64), 8, proposer=Ends()), [one])
     assert guessed.ids == alone(model, [one]).ids
     assert guessed.ids["r", 0].index(1) == 3
+
+
+def test_the_ids_of_a_prompt_are_gathered_once_for_all_its_tokens(model, monkeypatch):
+    """Which ids a repetition penalty looks at: where there is none, they are not gathered at all."""
+    seen = defaultdict(list)
+
+    def observed(logits, rows):
+        for row in rows:
+            seen[row.seed].append(row.prompt_ids)
+        return sample(logits, rows)
+
+    monkeypatch.setattr(engine_module, "sample", observed)
+    prompt = [9, 5, 5, 7] * 10
+    run(engine_of(model, Limits(512, step_tokens=7), 40, proposer=PromptLookup(min_ngram=1)), [
+        request("penalised", prompt, seed=1, repetition_penalty=1.2, max_tokens=6, ignore_eos=True, logprobs=0),
+        request("plain", prompt, seed=2, max_tokens=6, ignore_eos=True, logprobs=0)])
+    assert [ids.tolist() for ids in seen[1]] == [[5, 7, 9]] * len(seen[1]) and len(seen[1]) >= 6
+    assert len(set(map(id, seen[1]))) == 1 and not any(map(len, seen[2]))
 
 
 def test_scoring_a_prompt_holds_few_rows_of_logits(model, monkeypatch):
