@@ -34,6 +34,7 @@ FAULTS = (
         ("the definition's heads read each other's keys",
          "q.view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim)",
          "q.view(queries, num_heads // num_kv_heads, num_kv_heads, head_dim).transpose(1, 2)"),
+        ("a run that lies in one piece is copied", "part[0] if len(part) == 1 else torch.cat(part)", "torch.cat(part)"),
         ("parts are joined without their weights", "log_sums.softmax(dim=0)", "log_sums.mul(0).softmax(dim=0)"),
         ("a later chunk sees its own future", "_flash(q, k, v, causal=True)", "_flash(q, k, v)"),
     ),
