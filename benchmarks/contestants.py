@@ -46,7 +46,7 @@ class Ours:
     def __init__(self, directory: Path, options: dict[str, Any], context: int):
         from llama.checkpoint.load import load_model
         from llama.engine.engine import BLOCK_SIZE, Engine
-        from llama.engine.scheduler import Limits
+        from llama.engine.limits import Limits
 
         self._model = load_model(directory, progress=False, **options)
         self._engine = Engine(self._model, Limits(max_context=context, max_running=1), context // BLOCK_SIZE + 2)

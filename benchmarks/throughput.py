@@ -18,9 +18,9 @@ import torch
 from benchmarks.common import finish, hardware, interleaved, ratios, show, spread, step_bytes, summary
 from benchmarks.roofline import read_bandwidth
 from llama.engine.engine import Engine
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import Event, Request, SamplingParams, TokenEvent
-from llama.engine.scheduler import Limits
 from llama.checkpoint.load import load_model
 from llama.model.formats import QUANTISED
 from llama.model.transformer import Llama

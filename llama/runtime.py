@@ -19,9 +19,9 @@ from llama.config import ConfigError, LlamaConfig
 from llama.driver import Driver
 from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE, SCORED_ROWS, Engine
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import Request, RequestError, SamplingParams
-from llama.engine.scheduler import Limits
 from llama.generation_config import read_generation_config
 from llama.internals.trace import Capture, Edit, Patch, Trace, assemble, expanded
 from llama.machine import available_memory
@@ -73,7 +73,7 @@ class Llama:
         run together can use, but at most half of what is free. kv_cache_dtype: "int8" keeps them in half of it.
         prompt_lookup: guess repeated text ahead (`llama.engine.propose`). draft: a smaller checkpoint with the same
         tokenizer that guesses instead (`llama.engine.draft`). deterministic: the same bits for a request whatever it
-        shares the engine with, at some cost in speed. limits: fields of `llama.engine.scheduler.Limits` to set
+        shares the engine with, at some cost in speed. limits: fields of `llama.engine.limits.Limits` to set
         otherwise. progress: whether to show bars; by default on a terminal.
 
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.

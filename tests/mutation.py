@@ -43,6 +43,7 @@ TESTS = {
     "engine/blocks.py": _BOOKS,
     "engine/runs.py": ("engine/test_runs.py",),
     "engine/scheduler.py": (*_BOOKS, "engine/test_constraint.py"),
+    "engine/limits.py": ("engine/test_limits.py", "engine/test_scheduler.py"),
     "engine/sequence.py": (*_BOOKS, *_ENGINE),
     "engine/propose.py": ("engine/test_propose.py",),
     "engine/draft.py": ("engine/test_draft.py",),

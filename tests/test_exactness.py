@@ -10,9 +10,9 @@ import torch
 from llama.checkpoint.save import save_model
 from llama.config import ConfigError
 from llama.engine.engine import BLOCK_SIZE
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import SamplingParams
-from llama.engine.scheduler import Limits
 from llama.model.transformer import Llama as Transformer
 from llama.runtime import Llama
 from tests.commands.small import make_checkpoint

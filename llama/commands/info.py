@@ -121,7 +121,7 @@ def load_and_generate(directory: Path, args: argparse.Namespace) -> dict[str, An
 
     from llama.checkpoint.load import load_model
     from llama.engine.engine import BLOCK_SIZE, Engine
-    from llama.engine.scheduler import Limits
+    from llama.engine.limits import Limits
 
     before_bytes = peak_memory() if args.device == "cpu" else 0
     began = time.perf_counter()

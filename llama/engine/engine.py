@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time.
 
     plan    whose tokens are computed next, and where their keys and values go     (scheduler)
+    guess   what comes after those, where somebody can                              (propose, draft)
     run     the model on all of them at once, then the sampler                      (model, sampler)
     commit  append what was drawn, end what has ended, report                       (scheduler)
 """
@@ -14,10 +15,11 @@ from torch import Tensor
 from llama.engine.batch import ragged_batch
 from llama.engine.blocks import BlockPool
 from llama.engine.constraint import PATIENCE_SECONDS, Compilation, Compiler, ConstraintError
+from llama.engine.limits import Limits
 from llama.engine.propose import Proposer
 from llama.engine.request import Event, Request, RequestError, StepError, TokenEvent, TokenLogprob
 from llama.engine.sampler import SampleRow, log_probabilities, sample
-from llama.engine.scheduler import Limits, Scheduler
+from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence
 from llama.engine.step import Outcome, Plan, Scheduled
 from llama.engine.tracing import bound_plan, look_at_logits, step_tap, trace_events
@@ -103,6 +105,7 @@ class Engine:
             self._take_constraints(PATIENCE_SECONDS)
             return self._take_refusals()
         try:
+            self.scheduler.guess(plan)
             outcomes, captured = self._run(plan)
         except ConstraintError as error:
             self._refuse(error.sequence, str(error))
@@ -167,6 +170,7 @@ class Engine:
         """One row for the token after the last known one, and one after each guess, as if those were known."""
         sequence, params = item.sequence, item.sequence.request.params
         rows, counts = [], sequence.counts
+        prompt_ids = () if params.repetition_penalty == 1 else sequence.distinct_prompt_ids
         for guessed in range(1 + len(item.draft)):
             if guessed:
                 counts = counts.copy()
@@ -178,7 +182,7 @@ class Engine:
                 if mask is not None and not _leaves_any(mask, banned):
                     banned = ()  # the text is whole: its grammar has nothing more to say
             rows.append(SampleRow(params, sequence.seed, index, len(sequence.ids) + guessed,
-                                  sequence.request.prompt_ids, counts, banned, mask))
+                                  prompt_ids, counts, banned, mask))
         return rows
 
     def _score_prompts(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[TokenLogprob, ...]]:

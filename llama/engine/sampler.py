@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
+from llama.engine.request import SamplingParams, TokenLogprob
 
 # The likeliest tokens nearly always hold the nucleus; only a row that they do not suffice is sorted whole.
 NUM_CANDIDATES = 1024
@@ -33,7 +33,7 @@ class SampleRow:
     seed: int
     index: int
     position: int
-    prompt_ids: Ordered[int] = ()
+    prompt_ids: Ordered[int] | np.ndarray = ()
     counts: Mapping[int, int] | None = None
     banned: Ordered[int] = ()
     mask: np.ndarray | None = None
@@ -62,15 +62,13 @@ def log_probabilities(logits: Tensor, ids: Ordered[int], wanted: Ordered[int | N
     """Each id with its natural-log probability in its row of raw logits [rows, vocab], and the `wanted` number
     of likeliest alternatives. Rows that want None get no probability."""
     results = [TokenLogprob(token_id, None) for token_id in ids]
-    places = [place for place, count in enumerate(wanted) if count is not None]
-    if not places:
-        return results
-    logprobs = torch.log_softmax(logits if len(places) == len(ids) else logits[places], dim=-1)
-    chosen = logprobs.gather(1, torch.tensor([[ids[place]] for place in places], device=logits.device))
-    top, top_ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]))
-    for place, own, values, names in zip(places, chosen[:, 0].tolist(), top.tolist(), top_ids.tolist()):
-        alternatives = tuple(zip(names, values))[:wanted[place]]
-        results[place] = TokenLogprob(ids[place], own, alternatives)
+    for count in {*wanted} - {None}:  # each by itself: which of equals are taken must not hang on what others want
+        places = [place for place, one in enumerate(wanted) if one == count]
+        logprobs = torch.log_softmax(logits if len(places) == len(ids) else logits[places], dim=-1)
+        chosen = logprobs.gather(1, torch.tensor([[ids[place]] for place in places], device=logits.device))
+        top, top_ids = logprobs.topk(min(count, logprobs.shape[-1]))
+        for place, own, values, names in zip(places, chosen[:, 0].tolist(), top.tolist(), top_ids.tolist()):
+            results[place] = TokenLogprob(ids[place], own, tuple(zip(names, values)))
     return results
 
 
@@ -87,7 +85,8 @@ def adjust(logits: Tensor, rows: Ordered[SampleRow]) -> Tensor:
             adjusted = logits.clone()
         line = adjusted[place]  # [vocab], a view
         if repetition:
-            ids = torch.tensor([*row.prompt_ids, *counts], dtype=torch.int64, device=line.device)
+            seen = np.asarray(row.prompt_ids, dtype=np.int64), np.fromiter(counts, np.int64, len(counts))
+            ids = torch.from_numpy(np.concatenate(seen)).to(line.device)
             values = line[ids]
             line[ids] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
         if penalised:

@@ -1,40 +1,22 @@
 """Who computes what in the next step, and what follows from what came out. No torch: numbers only.
 
-A step serves everyone who waits for their next token, then, with the token budget that is left, prompts: those
-that have begun, oldest first, then new ones in order of arrival. When blocks run out, the youngest running
-sequence gives all of its back and later resumes as if it had only just come; its ids are kept, and so are the
-blocks, in the pool, for as long as nobody needs the room.
+A step serves everyone who waits for their next token, then, with what is left of the token budget, and at least a
+quarter of it, prompts: those that have begun, oldest first, then new ones in order of arrival. When blocks run out,
+the youngest running sequence gives all of its back and later resumes as if it had only just come; its ids are kept,
+and so are the blocks, in the pool, for as long as nobody needs the room.
 """
 
 import secrets
 from collections import deque
 from collections.abc import Container, Sequence as Ordered
-from dataclasses import dataclass
 
 from llama.engine.blocks import BlockPool, root_digest
+from llama.engine.limits import Limits
 from llama.engine.propose import Proposer
-from llama.engine.request import (Event, PromptEvent, QueueFullError, Request, RequestError, TokenEvent,
-                                  TokenLogprob)
+from llama.engine.request import Event, PromptEvent, QueueFullError, Request, TokenEvent, TokenLogprob
 from llama.engine.sequence import Sequence
 from llama.engine.step import Outcome, Plan, Scheduled
 from llama.model.plan import BoundPlan
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine takes on.
-
-    max_context: positions of one sequence. max_running: sequences in one step. step_tokens: tokens of one step
-    while nobody decodes; mixed_step_tokens: while somebody does, and would wait for a long chunk to end.
-    max_queued_requests, max_queued_tokens: what may wait to be started.
-    """
-
-    max_context: int
-    max_running: int = 64
-    step_tokens: int = 512
-    mixed_step_tokens: int = 64
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 4_000_000
 
 
 class Scheduler:
@@ -61,7 +43,7 @@ class Scheduler:
     def add(self, request: Request, plan: BoundPlan | None = None) -> Sequence:
         """Queue a request, with its trace plan if it has one. Raises RequestError if it can never run, QueueFullError
         if too much waits."""
-        self._refuse_impossible(request)
+        self.limits.refuse_impossible(request, self.pool.num_blocks * self.pool.block_size)
         queued_tokens = sum(len(sequence.ids) for sequence in self.waiting)
         if len(self.waiting) >= self.limits.max_queued_requests:
             raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later")
@@ -73,28 +55,6 @@ class Scheduler:
         sequence = Sequence(request, seed, root, forks=tuple(range(1, params.n)), plan=plan)
         self.waiting.append(sequence)
         return sequence
-
-    def _refuse_impossible(self, request: Request) -> None:
-        num_prompt, params, limits = len(request.prompt_ids), request.params, self.limits
-        if num_prompt == 0:
-            raise RequestError("prompt", "the prompt is empty; give at least one token")
-        most = limits.max_context - num_prompt
-        if most < 1:
-            raise RequestError("prompt", f"the prompt has {num_prompt} tokens, and the context is {limits.max_context} "
-                               "tokens; shorten the prompt")
-        if params.max_tokens is not None and params.max_tokens > most:
-            raise RequestError("max_tokens", f"the prompt's {num_prompt} tokens and max_tokens {params.max_tokens} "
-                               f"together exceed the context of {limits.max_context} tokens; lower max_tokens to "
-                               f"at most {most}")
-        if params.n > limits.max_running:
-            raise RequestError("n", f"n is {params.n}, but at most {limits.max_running} sequences run at once")
-        room = self.pool.num_blocks * self.pool.block_size
-        needed = num_prompt + (most if params.max_tokens is None else params.max_tokens)
-        if params.max_tokens is None and num_prompt < room:
-            return  # the answer ends where the room does
-        if needed > room:
-            raise RequestError("max_tokens", f"the prompt and its answer may take {needed} tokens, but the KV cache "
-                               f"holds {room}; lower max_tokens or give the cache more memory")
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """Forget a request, or its sample `index`, at once, wherever it is. False if there is none such."""
@@ -121,7 +81,8 @@ class Scheduler:
     # ---- plan -----------------------------------------------------------------------------------------------
 
     def plan(self, only: Container[str] | None = None) -> Plan:
-        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do.
+        """Choose the next step's tokens and make room for them. An empty plan means that nothing is to do. If nothing
+        comes of a plan, the next one is made as if this one had not been.
 
         only: ids of requests; whoever is not of them stays as it is.
         """
@@ -129,7 +90,7 @@ class Scheduler:
         running = [sequence for sequence in self.running if only is None or sequence.request.id in only]
         num_decoding = sum(sequence.is_decoding for sequence in running)
         limit = self.limits.mixed_step_tokens if num_decoding else self.limits.step_tokens
-        budget = max(limit - num_decoding, 1)  # for prompts; whoever decodes has its token in any case
+        budget = max(limit - num_decoding, limit // 4, 1)  # for prompts; whoever decodes has its token in any case
         num_running = len(self.running)
         for sequence in running:
             if sequence not in self.running:
@@ -150,14 +111,15 @@ class Scheduler:
             if length:
                 self._make_room(sequence, length, plan)
                 plan.scheduled.append(Scheduled(sequence, sequence.num_computed, length))
-        if self.proposer is not None:
-            self._add_drafts(plan, limit - sum(item.length for item in plan.scheduled))
         return plan
 
-    def _add_drafts(self, plan: Plan, budget: int) -> None:
+    def guess(self, plan: Plan) -> None:
         """Let those who decode guess ahead, never past the end that they are allowed, with what is left of the step
-        and of the pool: a guess takes no prompt's turn and nobody's blocks."""
+        and of the pool: a guess takes no prompt's turn and nobody's blocks. Raises what the proposer raises."""
+        if self.proposer is None:
+            return
         block_size = self.pool.block_size
+        budget = self.limits.mixed_step_tokens - sum(item.length for item in plan.scheduled)
         for place, item in enumerate(plan.scheduled):
             sequence = item.sequence
             room = (len(sequence.table) + self.pool.num_available) * block_size - item.start - item.length

@@ -3,7 +3,10 @@
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from llama.engine.blocks import block_digest
 from llama.engine.request import Request
@@ -55,6 +58,11 @@ class Sequence:
     def num_prompt(self) -> int:
         """Tokens in the prompt."""
         return len(self.request.prompt_ids)
+
+    @cached_property
+    def distinct_prompt_ids(self) -> np.ndarray:
+        """The ids that occur in the prompt, each once: [ids], int64."""
+        return np.unique(np.frombuffer(self.ids, dtype=np.int64)[:self.num_prompt])
 
     @property
     def num_generated(self) -> int:

@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor
 
 from llama.engine.engine import Engine
+from llama.engine.limits import Limits
 from llama.engine.request import PromptEvent, Request, TokenEvent, TokenLogprob
 from llama.engine.sampler import SampleRow
-from llama.engine.scheduler import Limits
 from llama.model.transformer import Llama
 from tests.engine.processors import expected_adjustment, kept_distribution
 from tests.model.pairs import SHAPES, rope

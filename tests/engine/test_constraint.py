@@ -11,10 +11,10 @@ import torch
 
 from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE, Engine
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, TokenEvent
 from llama.engine.sampler import SampleRow, adjust
-from llama.engine.scheduler import Limits
 from tests.engine.processors import kept_distribution
 from tests.engine.running import EOS, TINY, alone, engine_of, logits, run
 from tests.engine.simulation import request

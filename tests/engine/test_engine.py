@@ -12,8 +12,8 @@ import torch
 
 from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
-from llama.engine.scheduler import Limits
 from tests.engine.running import TINY, alone, engine_of, expected_ids, logits, run
 from tests.engine.simulation import request
 from tests.model.pairs import hugging_face, ours

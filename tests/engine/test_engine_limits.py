@@ -2,16 +2,20 @@
 
 import itertools
 import weakref
+from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from llama.engine import engine as engine_module
 from llama.engine.engine import SCORED_ROWS
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, StepError, TokenEvent
-from llama.engine.scheduler import Limits
+from llama.engine.sampler import sample
+from llama.model.linear import Linear
 from llama.model.transformer import FeedForward
 from tests.engine.running import TINY, alone, engine_of, run
 from tests.engine.simulation import request
@@ -72,6 +76,24 @@ def test_min_tokens_counts_guesses(model):
     guessed = run(engine_of(model, Limits(64), 8, proposer=Ends()), [one])
     assert guessed.ids == alone(model, [one]).ids
     assert guessed.ids["r", 0].index(1) == 3
+
+
+def test_the_ids_of_a_prompt_are_gathered_once_for_all_its_tokens(model, monkeypatch):
+    """Which ids a repetition penalty looks at: where there is none, they are not gathered at all."""
+    seen = defaultdict(list)
+
+    def observed(logits, rows):
+        for row in rows:
+            seen[row.seed].append(row.prompt_ids)
+        return sample(logits, rows)
+
+    monkeypatch.setattr(engine_module, "sample", observed)
+    prompt = [9, 5, 5, 7] * 10
+    run(engine_of(model, Limits(512, step_tokens=7), 40, proposer=PromptLookup(min_ngram=1)), [
+        request("penalised", prompt, seed=1, repetition_penalty=1.2, max_tokens=6, ignore_eos=True, logprobs=0),
+        request("plain", prompt, seed=2, max_tokens=6, ignore_eos=True, logprobs=0)])
+    assert [ids.tolist() for ids in seen[1]] == [[5, 7, 9]] * len(seen[1]) and len(seen[1]) >= 6
+    assert len(set(map(id, seen[1]))) == 1 and not any(map(len, seen[2]))
 
 
 def test_scoring_a_prompt_holds_few_rows_of_logits(model, monkeypatch):
@@ -151,7 +173,7 @@ def threads(request):
 def test_deterministic_is_the_same_bits_however_threads_share_the_work(threads, model):
     """More elements than one thread takes alone, in shares that end amid a vector."""
     config = replace(model.config, hidden_size=500, intermediate_size=500)
-    layer = FeedForward(config, torch.float32, "cpu")
+    layer = FeedForward(config, partial(Linear, dtype=torch.float32, device="cpu"))
     for module in layer.modules():
         module.deterministic = True
     x = torch.randn(110, 500, generator=torch.Generator().manual_seed(0))
@@ -194,10 +216,36 @@ def test_a_step_that_fails_is_done_again_as_if_it_had_not_been(monkeypatch, wher
         while True:
             try:
                 return step()
-            except (Failure, StepError):
+            except StepError as error:
+                assert isinstance(error.__cause__, Failure)
                 engine.check()
                 failures += 1
 
     monkeypatch.setattr(engine, "step", persistent)
     assert_same(run(engine, REQUESTS), plain)
     assert failures > 5
+
+
+def test_who_cannot_guess_for_one_can_go_on_with_the_others(model):
+    class Fails:
+        def propose(self, sequence, most):
+            if sequence.request.id == "bad":
+                raise Failure
+            return (7,)[:most]
+
+        def forget(self, sequence):
+            pass
+
+    good, bad = (request(name, [5, 6], max_tokens=8, ignore_eos=True, logprobs=0) for name in ("good", "bad"))
+    engine = engine_of(model, Limits(64), 16, proposer=Fails())
+    for one in (good, bad):
+        engine.submit(one)
+    events = engine.step()
+    while engine.scheduler.running[0].request.id == "good":
+        with pytest.raises(StepError) as failure:
+            engine.step()
+        assert failure.value.request_ids == ("good", "bad")
+        events += engine.step({"good"})
+    ids = [event.token_id for event in events if isinstance(event, TokenEvent) and event.request_id == "good"]
+    assert ids == alone(model, [good]).ids["good", 0]
+    assert engine.cancel("bad") and engine.scheduler.pool.num_held == 0

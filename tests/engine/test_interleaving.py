@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import QueueFullError, RequestError
-from llama.engine.scheduler import Limits
 from tests.engine.simulation import BLOCK_SIZE, EOS, VOCAB, Simulation, request
 
 # Prompts are beginnings of these, and something of their own: most blocks are somebody else's too.

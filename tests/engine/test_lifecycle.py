@@ -2,8 +2,8 @@
 
 import pytest
 
+from llama.engine.limits import Limits
 from llama.engine.request import PromptEvent, TokenEvent
-from llama.engine.scheduler import Limits
 from tests.engine.simulation import EOS, Simulation, request
 from tests.engine.test_scheduler import LIMITS, lengths, scripted
 

@@ -105,9 +105,10 @@ def test_draws_one_after_another_do_not_depend_on_each_other():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
 @pytest.mark.parametrize("chosen", [{}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
-def test_the_lower_the_temperature_the_greedier(temperature, chosen):
+@pytest.mark.parametrize("scale", [3.0, 1e9])
+def test_the_lower_the_temperature_the_greedier(temperature, chosen, scale):
     wanted = params(temperature=temperature, **chosen)
-    logits = random_logits(1, 3000)[0]
+    logits = random_logits(1, 3000, scale=scale)[0]
     rows = [SampleRow(wanted, seed, 0, 0) for seed in range(8)]
     assert set(drawn(logits, rows)) == {int(logits.argmax())}
 

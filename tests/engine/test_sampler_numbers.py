@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from llama.engine.request import TokenLogprob
 from llama.engine.sampler import SampleRow, log_probabilities, sample, uniform
@@ -65,6 +66,27 @@ def test_each_row_gets_as_many_alternatives_as_it_wants():
     logprobs = torch.log_softmax(logits, -1)
     assert [result.logprob for result in results[1:4]] == pytest.approx(
         [logprobs[row, row + 1].item() for row in (1, 2, 3)])
+
+
+def test_which_of_equals_are_alternatives_does_not_hang_on_what_others_want():
+    logits = random_logits(40, 200).round()
+    wanted = [(0, 2, 3, 20, None)[row % 5] for row in range(40)]
+    together = log_probabilities(logits, [7] * 40, wanted)
+    assert together == [log_probabilities(logits[row:row + 1], [7], wanted[row:row + 1])[0] for row in range(40)]
+
+
+def test_no_more_alternatives_are_sought_than_a_row_wants():
+    class Sought(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.Tensor.topk:
+                shapes.append(tuple(result.values.shape))
+            return result
+
+    shapes = []
+    with Sought():
+        log_probabilities(random_logits(6, 50), [1] * 6, [0, None, 3, 0, 5, 0])
+    assert sorted(shapes) == [(1, 3), (1, 5), (3, 0)]
 
 
 def test_log_probabilities_survive_extreme_logits():

@@ -2,9 +2,9 @@
 
 import pytest
 
+from llama.engine.limits import Limits
 from llama.engine.request import QueueFullError, RequestError
-from llama.engine.scheduler import Limits
-from tests.engine.simulation import Simulation, request
+from tests.engine.simulation import VOCAB, Simulation, request
 
 LIMITS = Limits(max_context=64, max_running=8, step_tokens=16, mixed_step_tokens=8)
 
@@ -145,6 +145,18 @@ def test_decodes_that_fill_a_step_still_let_prompts_go_on():
     simulation.step()
     simulation.submit(request("d", [3] * 4, max_tokens=2, ignore_eos=True))
     assert lengths(simulation) == {"a": 1, "b": 1, "c": 1, "d": 1}
+    simulation.drain()
+
+
+@pytest.mark.parametrize("num_decoding, share", [(1, 15), (11, 5), (12, 4), (15, 4), (40, 4)])
+def test_prompts_have_a_quarter_of_a_step_however_many_decode(num_decoding, share):
+    simulation = Simulation(Limits(64, max_running=64, step_tokens=64, mixed_step_tokens=16), 400)
+    for number in range(num_decoding):
+        simulation.submit(request(f"r{number}", [number % VOCAB], max_tokens=40, ignore_eos=True))
+    simulation.step()
+    simulation.submit(request("long", [1] * 40, max_tokens=2, ignore_eos=True))
+    computed = lengths(simulation)
+    assert computed.pop("long") == share and computed == {f"r{number}": 1 for number in range(num_decoding)}
     simulation.drain()
 
 

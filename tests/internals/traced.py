@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from llama.engine.engine import Engine
+from llama.engine.limits import Limits
 from llama.engine.request import Request, SamplingParams, TokenEvent, TraceEvent
-from llama.engine.scheduler import Limits
 from llama.internals.trace import TracePlan, assemble
 from llama.model.transformer import Llama
 from tests.engine.running import engine_of

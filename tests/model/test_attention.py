@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.config import LlamaConfig
 from llama.model.attention import attend, ragged_attention
@@ -74,6 +75,25 @@ def test_in_deterministic_mode_a_query_gives_the_same_bits_in_any_chunk_and_any_
         part = cached(q[context - queries:context], k[:context], v[:context],
                       SLOTS["blocks of four, scattered"](context), deterministic=True)
         assert torch.equal(part, every[context - queries:context])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_one_run_of_the_cache_is_read_where_it_lies(deterministic):
+    """Every call on keys and values gets parts of the cache's own memory, or of the step's."""
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+                read.update(tensor.untyped_storage().data_ptr() for tensor in args[1:3])
+            return function(*args, **(kwargs or {}))
+
+    read = set()
+    _, k, v = random_qkv(2, 40, 4, 2)
+    cache = KVCache(LlamaConfig(1, 1, 1, 1, 4, 2, 32, 1, 1e4, None, 1e-5, False), 10, 4, torch.float32)
+    cache.write(0, torch.arange(40), k, v)
+    batch = RaggedBatch(torch.empty(0), torch.empty(0), (Segment(39, 1, ((0, 40),)),))
+    with Reads():
+        ragged_attention(torch.ones(1, 4, 32), k[39:], v[39:], batch, cache, 0, deterministic)
+    assert read == {cache.keys.untyped_storage().data_ptr(), cache.values.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("heads, kv_heads", HEADS)

@@ -7,9 +7,9 @@ import torch
 
 from llama.config import LlamaConfig
 from llama.engine.engine import BLOCK_SIZE, Engine
+from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import PromptEvent, Request, SamplingParams, StepError
-from llama.engine.scheduler import Limits
 from llama.model.transformer import Llama
 from server import isolate
 
