@@ -14,8 +14,8 @@ from llama.model.memory import huge_pages
 
 # Rows of every product in deterministic mode: as many as a decode can bear.
 TILE_ROWS = 32
-# Rows of W that the definition unpacks at a time, where there are no kernels.
-_PIECE_ROWS = 4096
+# Rows of W that the definition unpacks at a time, where there are no kernels: few enough for the processor's cache.
+_PIECE_ROWS = 1024
 
 
 class Linear(nn.Module):
