@@ -213,7 +213,7 @@ def test_integer_sums_are_exact_where_float32_would_round():
     assert exact_product(x, w).item() == torch.tensor(127 * (4095 * 127 + 126)).float().item()
     assert exact_product(x[:, :1040], w[:, :1040]).item() == 1040 * 127 * 127
     g = generator(4)
-    x, w = (torch.randint(-127, 128, (9, 3000), generator=g, dtype=torch.int8) for _ in range(2))
+    x, w = (torch.randint(90, 128, (40, 3000), generator=g, dtype=torch.int8) for _ in range(2))
     assert exact_product(x, w).equal((x.long() @ w.long().T).float())
 
 

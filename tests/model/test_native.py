@@ -167,13 +167,18 @@ def outcome(process: subprocess.Popen) -> str:
 
 
 def test_two_processes_that_compile_at_once_keep_one_library(tmp_path):
-    both = [start(REPORT, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
+    """While one compiles, what it has of the library is no library yet."""
+    gcc = tmp_path / "gcc"
+    gcc.write_text(f'#!/bin/sh\nfor last; do :; done\necho half > "$last"\nsleep 1\nexec {native._compiler()} "$@"')
+    gcc.chmod(0o755)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    both = [start(REPORT, **environment) for _ in range(2)]
     assert [outcome(one) for one in both] == ["True None"] * 2
     [kept] = (tmp_path / "llama-runtime").iterdir()
     assert kept.name.startswith("kernels-") and kept.suffix == ".so"
     assert (tmp_path / "llama-runtime").stat().st_mode & 0o777 == 0o700
     made = kept.stat().st_mtime_ns
-    assert outcome(start(REPORT, XDG_CACHE_HOME=str(tmp_path), PATH=os.environ["PATH"])) == "True None"
+    assert outcome(start(REPORT, **environment)) == "True None"
     assert kept.stat().st_mtime_ns == made  # not compiled again
 
 
