@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from llama import __version__
 from llama.commands import UsageError
-from llama.config import DTYPE_BYTES
+from llama.config import DTYPE_BYTES, QUANTISED_BITS
 from llama.engine.request import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS
 from llama.flags import add_checkpoint_flags, add_engine_flags, count
 from llama.terminal import is_terminal, prepare_streams
@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llama {__version__}",
                         help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_chat, _add_generate, _add_serve, _add_trace, _add_info, _add_eval, _add_pull):
+    for add in (_add_chat, _add_generate, _add_serve, _add_trace, _add_info, _add_eval, _add_quantize,
+                _add_pull):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -187,6 +188,20 @@ def _add_trace(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=count, metavar="N", help="new tokens at most; by default 1")
     add_checkpoint_flags(parser)
     add_engine_flags(parser)
+    return parser
+
+
+def _add_quantize(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "quantize", help="write a checkpoint with its weights rounded to 8 or 4 bits",
+        description="Write a checkpoint with its weights rounded to 8 or 4 bits, which every command then takes as it "
+        "takes the checkpoint itself. What --quantize would do at each start is done once.")
+    parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or hub id")
+    parser.add_argument("out", metavar="OUT", help="directory to write: one that does not exist yet, or an empty one")
+    parser.add_argument("--format", choices=tuple(QUANTISED_BITS), required=True,
+                        help="int8: hardly any loss; int4: less memory, more speed, some loss (llama eval measures it)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="dtype of what is not rounded, and of the KV cache; by default the checkpoint's own")
     return parser
 
 

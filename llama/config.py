@@ -12,8 +12,9 @@ from typing import Any
 from llama.strict_json import ConfigError, read_flag, read_json_object, read_number, read_token_ids
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bits of one weight in the quantised formats (`llama.model.formats`), scales included; rows of int8 have 32 more each.
+# Bits of one weight in the quantised formats (`llama.model.formats`), and those that each row has beside its weights.
 QUANTISED_BITS = {"int8": 8, "int4": 5}
+_ROW_BITS = {"int8": 32, "int4": 0}
 # What `quantization_config` in a config.json of this project's own making says.
 _QUANT_METHOD = "llama-runtime"
 
@@ -97,13 +98,17 @@ class LlamaConfig:
 
     def num_weight_bytes(self, dtype: str | None = None, quantize: str | None = None) -> int:
         """Bytes of all weights in `dtype` (by default the checkpoint's own), or quantised: then embedding and head have
-        8 bits, and norms stay as they are."""
+        8 bits, and norms stay as they are. Matrices whose shape does not allow it would stay so too; no published
+        model has one."""
         if quantize is None:
             return self.num_parameters * DTYPE_BYTES[dtype or self.dtype]
         norms = self.hidden_size * (2 * self.num_layers + 1)
-        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        layers = self.num_parameters - norms - ends
-        return layers * QUANTISED_BITS[quantize] // 8 + ends + norms * DTYPE_BYTES[dtype or self.dtype]
+        end_rows = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        layers = self.num_parameters - norms - end_rows * self.hidden_size
+        rows = self.num_layers * (self.q_size + 2 * self.kv_size + 2 * self.intermediate_size + 2 * self.hidden_size)
+        bits = (layers * QUANTISED_BITS[quantize] + rows * _ROW_BITS[quantize]
+                + end_rows * (self.hidden_size * QUANTISED_BITS["int8"] + _ROW_BITS["int8"]))
+        return bits // 8 + norms * DTYPE_BYTES[dtype or self.dtype]
 
     def context_length(self, wanted: int | None = None) -> int:
         """Positions of prompt and reply together; None: all that the model was made for. Raises ConfigError."""
@@ -324,8 +329,7 @@ def _read_quantization(raw: dict[str, Any]) -> str | None:
     settings = raw.get("quantization_config")
     if settings is None:
         return None
-    if not isinstance(settings, dict) or settings.keys() != {"quant_method", "format"} \
-            or settings["quant_method"] != _QUANT_METHOD or settings["format"] not in QUANTISED_BITS:
+    if settings not in [{"quant_method": _QUANT_METHOD, "format": name} for name in QUANTISED_BITS]:
         raise ConfigError(f"quantization_config {settings!r} is not supported; get the checkpoint as it was trained, and "
                           f"round it here: llama quantize, or --quantize {' or '.join(QUANTISED_BITS)}")
     return settings["format"]

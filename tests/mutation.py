@@ -19,9 +19,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import FAULTS, Fault
+from tests import faults, weight_faults
+from tests.faults import Fault
 
 ROOT = Path(__file__).parent.parent
+FAULTS = (*faults.FAULTS, *weight_faults.FAULTS)
 
 MOST_SECONDS = 300  # of the processor: a fault may well keep a test from ending
 
@@ -31,7 +33,19 @@ _BOOKS = ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_life
 _SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py")
 _ENGINE = ("engine/test_constraint.py", "engine/test_engine_limits.py", "engine/test_engine.py")
 _GRAMMAR = ("text/test_grammar.py", "text/test_certain.py", "text/test_json_schema.py")
+_FORMATS = ("model/test_formats.py", "model/test_native.py")
+_QUANTISED = ("checkpoint/test_quantised.py",)
 TESTS = {
+    "model/formats.py": _FORMATS,
+    "model/linear.py": (*_FORMATS, *_QUANTISED),
+    "model/kernels/native.py": ("model/test_native.py",),
+    "model/kernels/linear.c": ("model/test_native.py",),
+    "model/kernels/pack.c": ("model/test_native.py",),
+    "checkpoint/layout.py": _QUANTISED,
+    "checkpoint/load.py": _QUANTISED,
+    "checkpoint/save.py": _QUANTISED,
+    "commands/quantize.py": ("commands/test_quantize.py",),
+    "commands/info.py": ("commands/test_info.py",),
     "model/rope.py": ("model/test_rope.py",),
     "model/attention.py": ("model/test_attention.py",),
     "text/tokenizer.py": ("text/test_tokenizer.py",),
@@ -80,6 +94,8 @@ def run_tests(tests: tuple[str, ...], file: str | None = None, source: str | Non
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rf",
                    *(f"tests/{test}" for test in tests)]
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        if file is not None and file.endswith(".c"):
+            environment["XDG_CACHE_HOME"] = folder  # what is compiled of it is not kept
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False,
                               preexec_fn=_limit_time)
     if done.returncode == -signal.SIGXCPU:

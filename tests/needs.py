@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from llama.model.kernels import native
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 
@@ -18,3 +20,4 @@ def _needs(is_there: bool, what: str) -> pytest.MarkDecorator:
 needs_browser = _needs(bool(CHROMIUM and CHROMEDRIVER), "a browser: apt-get install chromium chromium-driver")
 needs_curl = _needs(shutil.which("curl") is not None, "curl: apt-get install curl")
 needs_lm_eval = _needs(importlib.util.find_spec("lm_eval") is not None, 'lm_eval: pip install -e ".[clients]"')
+needs_kernels = _needs(native.library() is not None, f"the compiled kernels, but {native.why_not()}")

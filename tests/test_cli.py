@@ -41,7 +41,7 @@ def parsers(parser):
 def test_every_flag_has_help():
     found = list(parsers(build_parser()))
     assert [parser.prog for parser in found] == ["llama", "llama chat", "llama generate", "llama serve", "llama trace",
-                                                 "llama info", "llama eval", "llama pull"]
+                                                 "llama info", "llama eval", "llama quantize", "llama pull"]
     for parser in found:
         assert parser.description
         for action in parser._actions:
@@ -52,7 +52,7 @@ def test_every_flag_has_help():
 def test_every_command_has_debug_and_says_what_it_is_for(capsys):
     assert main_code("--help") == 0
     shown = capsys.readouterr().out
-    for name in ("chat", "generate", "info", "eval", "pull"):
+    for name in ("chat", "generate", "info", "eval", "quantize", "pull"):
         assert f"\n    {name} " in shown
         assert main_code(name, "--help") == 0
         assert "--debug" in capsys.readouterr().out
@@ -64,6 +64,7 @@ def test_what_needs_no_model_brings_in_no_torch(tmp_path):
              ["generate"], ["generate", "x", "--logprobs", "1"],
              ["info", "--no-load", "--model", str(tmp_path)],
              ["chat", "x", "--context", "9999", "--model", str(tmp_path)], ["pull", "no such"], ["eval"],
+             ["quantize", str(tmp_path), str(tmp_path), "--format", "int8"],
              ["eval", "--choices", str(tmp_path / "config.json"), "--model", str(tmp_path)]]
     script = ("import sys\nfrom llama.cli import main\n"
               f"for args in {calls!r}:\n"
@@ -93,8 +94,9 @@ def test_a_broken_pipe_is_no_complaint():
 @pytest.mark.parametrize("args, message", [
     ([], "the following arguments are required: COMMAND; see llama --help"),
     (["sing"],
-     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'trace', 'info', 'eval', 'pull'); see "
-     "llama --help"),
+     "argument COMMAND: invalid choice: 'sing' (choose from 'chat', 'generate', 'serve', 'trace', 'info', 'eval', "
+     "'quantize', 'pull'); see llama --help"),
+    (["quantize", "a", "b"], "the following arguments are required: --format; see llama quantize --help"),
     (["chat", "--top", "1"], "ambiguous option: --top could match --top-p, --top-k; see llama chat --help"),
     (["chat", "--temperature", "warm"],
      "argument --temperature: invalid float value: 'warm'; see llama chat --help"),
@@ -204,13 +206,13 @@ def test_model_flags_reach_the_loader(monkeypatch, tmp_path):
                         lambda directory, **options: loaded.append((directory, options)))
     load(build_parser().parse_args([
         "chat", "--model", str(tmp_path), "--dtype", "bfloat16", "--threads", "3", "--context", "50",
-        "--kv-cache", "1.5GiB", "--draft", "small", "--deterministic"]))
+        "--kv-cache", "1.5GiB", "--draft", "small", "--deterministic", "--quantize", "int4"]))
     load(build_parser().parse_args(["chat", "--model", str(tmp_path), "--prompt-lookup"]))
-    rest = {"dtype": None, "device": "cpu", "max_context": 4096, "kv_cache_bytes": None,
-            "prompt_lookup": False, "draft": None, "deterministic": False}
+    rest = {"dtype": None, "device": "cpu", "quantize": None, "max_context": 4096, "kv_cache_bytes": None,
+            "kv_cache_dtype": None, "prompt_lookup": False, "draft": None, "deterministic": False}
     assert loaded == [
         (tmp_path, rest | {"dtype": "bfloat16", "max_context": 50, "kv_cache_bytes": 3 << 29,
-                           "draft": "small", "deterministic": True}),
+                           "draft": "small", "deterministic": True, "quantize": "int4"}),
         (tmp_path, rest | {"prompt_lookup": True})]
     assert threads == [3]
 

@@ -1,12 +1,13 @@
 """tests.mutation is run by hand; here only that its faults can be made, and that it tells caught from not."""
 
-from tests.faults import FAULTS
-from tests.mutation import TESTS, mutated, run_tests
+from tests.mutation import FAULTS, TESTS, mutated, run_tests
 
 
 def test_every_fault_is_still_where_it_says():
     for fault in FAULTS:
-        compile(mutated(fault), fault.file, "exec")
+        source = mutated(fault)
+        if fault.file.endswith(".py"):
+            compile(source, fault.file, "exec")
         assert fault.file in TESTS
     assert len({fault.what for fault in FAULTS}) == len(FAULTS)
 

@@ -76,17 +76,19 @@ def _each_stored(config: LlamaConfig) -> Iterator[tuple[str, Place]]:
         if config.quantization is None:
             yield name, place
         else:
-            yield from _quantised(name, place, config.quantization)
+            yield from _quantised(config, name, place)
 
 
-def _quantised(name: str, place: Place, quantization: str) -> Iterator[tuple[str, Place]]:
+def _quantised(config: LlamaConfig, name: str, place: Place) -> Iterator[tuple[str, Place]]:
     from llama.model.formats import BLOCK_ROWS, FORMATS, fits  # brings torch, which the others do without
 
-    if len(place.shape) == 1 or not fits(*place.shape):
+    # A joined matrix lies in blocks only if all its parts can.
+    parts = (config.q_size, config.kv_size) if place.module.endswith(".qkv") else place.shape[:1]
+    if len(place.shape) == 1 or not all(fits(rows, place.shape[1]) for rows in parts):
         yield name, place
         return
     rows, columns = place.shape
-    fmt = FORMATS["int8" if place.module in ("embed", "head") else quantization]
+    fmt = FORMATS["int8" if place.module in ("embed", "head") else config.quantization]
     shape, why = (rows // BLOCK_ROWS, fmt.block_bytes(columns)), tuple(f"blocks of {each}" for each in place.settings)
     yield name, replace(place, shape=shape, settings=why, attribute="blocks", dtype="U8")
     if fmt.has_scale:

@@ -1,8 +1,9 @@
 """From a checkpoint's directory to a model: everything checked first, then one pass over the files.
 
 Tensors are read straight into their rows of the joined weights, or through a small buffer where the dtype, the
-device or the format differs: so weights are packed and quantised while they are read. Nothing is memory-mapped: mapped pages would count as the process's memory next to the
-weights, and a file that is cut short meanwhile would be a bus error. No pickle is ever opened.
+device or the format differs: so weights are packed and quantised while they are read. Nothing is memory-mapped:
+mapped pages would count as the process's memory next to the weights, and a file that is cut short meanwhile would be a
+bus error. No pickle is ever opened.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 # What is read at a time. Small enough to convert within the processor's cache, and to be nothing beside the
 # weights; large enough that neither the system call nor Python counts.
 _PIECE_BYTES = 8 << 20
+# The same where what is read is packed, for which it is made float32 first.
+_PACKED_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ def _cut(stored: StoredTensor, place: Place, module: nn.Module) -> Iterator[_Pie
     """A tensor as pieces of whole rows; of a matrix that is packed on the way, of whole blocks."""
     num_rows, *columns = place.shape
     row_bytes = stored.num_bytes // num_rows
-    step = max(1, _PIECE_BYTES // row_bytes)
     packs = isinstance(module, PackedLinear) and place.attribute == "weight"
     if packs:
-        step = max(BLOCK_ROWS, step // BLOCK_ROWS * BLOCK_ROWS)
+        step = max(1, _PACKED_BYTES // row_bytes // BLOCK_ROWS) * BLOCK_ROWS
     else:
+        step = max(1, _PIECE_BYTES // row_bytes)
         own = getattr(module, place.attribute).detach()
         first_row = place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)
     for first in range(0, num_rows, step):

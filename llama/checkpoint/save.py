@@ -21,6 +21,7 @@ from llama.checkpoint.safetensors import (INDEX_NAME, SINGLE_NAME, CheckpointErr
 from llama.model.formats import BLOCK_ROWS
 from llama.model.linear import PackedLinear
 from llama.model.transformer import Llama
+from llama.progress import ProgressBar, describe_bytes
 
 # Safetensors' names of a configuration's dtypes.
 STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -30,16 +31,22 @@ MAX_SHARD_BYTES = 5_000_000_000
 _PIECE_BYTES = 64 << 20
 
 
-def save_model(model: Llama, directory: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(model: Llama, directory: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES,
+               progress: bool | None = None) -> None:
     """Write the model's weights, in their dtype and format, and its configuration.
 
-    A checkpoint that already lies in `directory` in files of the same names is replaced. Raises
-    CheckpointError.
+    A checkpoint that already lies in `directory` in files of the same names is replaced. progress: whether to draw a bar
+    on stderr; None does so if that is a terminal. Raises CheckpointError.
     """
     config = dataclasses.replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
     placed = places(config)
 
     def pieces(name: str) -> Iterator[Tensor]:
+        for piece in cut(name):
+            yield piece
+            bar.add(piece.nbytes)
+
+    def cut(name: str) -> Iterator[Tensor]:
         place = placed[name]
         module = model.get_submodule(place.module)
         if isinstance(module, PackedLinear) and place.attribute == "weight":
@@ -51,8 +58,9 @@ def save_model(model: Llama, directory: str | Path, *, max_shard_bytes: int = MA
 
     shapes = {name: place.shape for name, place in placed.items()}
     dtypes = {name: place.dtype for name, place in placed.items() if place.dtype is not None}
-    write_checkpoint(directory, config.to_dict(), shapes, config.dtype, pieces, dtypes=dtypes,
-                     max_shard_bytes=max_shard_bytes)
+    with ProgressBar("writing", model.num_bytes, describe_bytes, shown=progress) as bar:
+        write_checkpoint(directory, config.to_dict(), shapes, config.dtype, pieces, dtypes=dtypes,
+                         max_shard_bytes=max_shard_bytes)
 
 
 def write_checkpoint(directory: str | Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
@@ -61,8 +69,7 @@ def write_checkpoint(directory: str | Path, config: Mapping[str, Any], shapes: M
     """Write tensors of one dtype ("bfloat16", ...), in the order of `shapes`, and `config` as config.json.
 
     pieces(name): the tensor, in consecutive CPU tensors of that dtype. dtypes: safetensors' names of others' dtypes.
-    Raises CheckpointError, after which
-    what was there before is still there.
+    Raises CheckpointError, after which what was there before is still there.
     """
     directory = Path(directory)
     tensors = {name: (dtypes.get(name, STORED_DTYPES[dtype]), shape) for name, shape in shapes.items()}

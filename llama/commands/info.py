@@ -14,7 +14,7 @@ from llama.checkpoint.layout import match
 from llama.checkpoint.pull import resolve
 from llama.checkpoint.safetensors import CheckpointError, read_stored
 from llama.commands.loading import prepare_torch
-from llama.commands.report import as_text, loaded_as_text, size
+from llama.commands.report import as_text, kernels_as_text, loaded_as_text, size
 from llama.config import DTYPE_BYTES, QUANTISED_BITS, LlamaConfig
 from llama.engine.request import Request, SamplingParams
 from llama.machine import available_memory, peak_memory
@@ -29,6 +29,8 @@ BOUNDED_BYTES = 2 << 30
 
 _CONTEXTS = (8_192, 32_768, 131_072)
 _NUM_TOKENS = 16
+# Up to so many rows of x the choice of a kernel is looked at; beyond, it is that of as many.
+_MANY_ROWS = 1024
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
     wanted = facts["fits"] if args.load is None else args.load
     if not args.json:
         print(as_text(facts), flush=True)
+    if args.device == "cpu" and args.load is not False:  # it takes torch, and perhaps the compiler
+        facts["kernels"] = kernels()
+        if not args.json:
+            print(kernels_as_text(facts["kernels"]), flush=True)
     if problem is None and wanted:
         facts["loaded"] = load_and_generate(directory, args)
         if not args.json:
@@ -78,6 +84,7 @@ def describe(directory: Path, config: LlamaConfig, args: argparse.Namespace) -> 
             name: config.num_weight_bytes(dtype, name) for name in QUANTISED_BITS},
         "stored": None,
         "dtype": dtype,
+        "weights": quantize or dtype,
         "kv_bytes_per_token": kv_bytes,
         "overhead_bytes": OVERHEAD_BYTES,
         "needed_bytes": needed,
@@ -89,8 +96,26 @@ def describe(directory: Path, config: LlamaConfig, args: argparse.Namespace) -> 
                      for length in contexts],
         "max_context": min(left, context),
         "default_context": min(left // 2, context),  # Llama.load leaves half of what is free alone
+        "kernels": None,
         "loaded": None,
     }
+
+
+def kernels() -> dict[str, Any]:
+    """What multiplies by W on this CPU: for each format, the kernel from so many rows of x on, up to the next.
+
+    why_not: why there are no compiled kernels; None if there are. matrix_unit: whether they use one.
+    """
+    from llama.model.formats import FORMATS
+    from llama.model.kernels import native
+
+    names = {native.VECTORS: "vectors", native.TILES: "matrix unit"}
+    table = {}
+    for name, fmt in FORMATS.items():
+        chosen = [native.kernel_for(fmt, rows) for rows in range(1, _MANY_ROWS + 1)]
+        table[name] = [{"from_rows": row + 1, "kernel": "torch" if native.library() is None else names[kernel]}
+                       for row, kernel in enumerate(chosen) if row == 0 or kernel != chosen[row - 1]]
+    return {"why_not": native.why_not(), "matrix_unit": native.has_tiles(), "formats": table}
 
 
 def _stored(directory: Path, config: LlamaConfig) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _weights(facts: dict[str, Any]) -> list[str]:
     on_disk = "not here as they should be" if stored is None else (
         f"{size(stored['bytes'])} of {', '.join(stored['dtypes'])} in {stored['files']} "
         + ("file" if stored["files"] == 1 else "files"))
-    own = facts["architecture"]["dtype"]
+    own = facts["architecture"]["quantization"] or facts["architecture"]["dtype"]
     return [_row("weights on disk", on_disk),
             *(_row(f"  in {name}", size(num_bytes) + (", the checkpoint's own" if name == own else ""))
               for name, num_bytes in facts["weight_bytes"].items())]
@@ -59,7 +59,7 @@ def _weights(facts: dict[str, Any]) -> list[str]:
 
 def _memory(facts: dict[str, Any]) -> list[str]:
     rows = [_row("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token in {facts['dtype']}"),
-            "", f"{'context':>12} {'KV cache':>12} {'in all':>12}    with weights in {facts['dtype']} and "
+            "", f"{'context':>12} {'KV cache':>12} {'in all':>12}    with weights in {facts['weights']} and "
             f"{size(facts['overhead_bytes'])} for Python, torch and activations"]
     rows += [f"{row['tokens']:>12,} {size(row['kv_bytes']):>12} {size(row['needed_bytes']):>12}    "
              + ("fits" if row["fits"] else "does not fit") for row in facts["contexts"]]
@@ -75,6 +75,20 @@ def _what_fits(facts: dict[str, Any]) -> str:
         return f"a context of {most:,} tokens"
     needed = size(most * facts["kv_bytes_per_token"])
     return f"a context of {default:,} tokens; of {most:,} with --kv-cache for its {needed}"
+
+
+def kernels_as_text(kernels: dict[str, Any]) -> str:
+    """What multiplies, one format a line."""
+    why_not = kernels["why_not"]
+    rows = ["", _row("compiled kernels", "AVX-512" + (" and AMX, the matrix unit" if kernels["matrix_unit"] else "")
+                     if why_not is None else f"none: {why_not}")]
+    for name, table in kernels["formats"].items():
+        first, *later = (part["kernel"] for part in table)
+        rows.append(_row(f"  {name}", first + "".join(f"; from {part['from_rows']} rows on, {kernel}"
+                                                      for part, kernel in zip(table[1:], later))))
+    if why_not is not None:
+        rows.append(_row("", "without them, int8 and int4 take little memory, and much time"))
+    return "\n".join(rows)
 
 
 def loaded_as_text(loaded: dict[str, Any]) -> str:

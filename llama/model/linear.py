@@ -14,8 +14,8 @@ from llama.model.memory import huge_pages
 
 # Rows of every product in deterministic mode: as many as a decode can bear.
 TILE_ROWS = 32
-# Rows of W that the definition unpacks at a time, where there are no kernels.
-_PIECE_ROWS = 4096
+# Rows of W that the definition unpacks at a time, where there are no kernels: few enough for the processor's cache.
+_PIECE_ROWS = 1024
 
 
 class Linear(nn.Module):
@@ -110,9 +110,13 @@ class PackedLinear(nn.Module):
         return None if self.scale is None else self.scale[first * BLOCK_ROWS:(first + count) * BLOCK_ROWS]
 
 
-def make_linear(in_features: int, out_features: int, dtype: torch.dtype, device: torch.device | str,
+def make_linear(in_features: int, *out_features: int, dtype: torch.dtype, device: torch.device | str,
                 fmt: str | None = None) -> Linear | PackedLinear:
-    """A matrix in the format of that name; None, or a shape that cannot lie in blocks: as it is, in `dtype`."""
-    if fmt is None or not fits(out_features, in_features):
-        return Linear(in_features, out_features, dtype, device)
-    return PackedLinear(in_features, out_features, dtype, FORMATS[fmt])
+    """A matrix in the format of that name; None, or a shape that cannot lie in blocks: as it is, in `dtype`.
+
+    out_features: rows of each of the matrices that lie in it. They are stored one by one, so that each has to be whole
+    blocks.
+    """
+    if fmt is None or not all(fits(rows, in_features) for rows in out_features):
+        return Linear(in_features, sum(out_features), dtype, device)
+    return PackedLinear(in_features, sum(out_features), dtype, FORMATS[fmt])

@@ -25,7 +25,7 @@ from llama.model.ragged import RaggedBatch
 from llama.model.rope import inverse_frequencies, rotate, rotation
 from llama.model.tap import UNTOUCHED, Tap
 
-MakeLinear = Callable[[int, int], Linear | PackedLinear]  # from in_features and out_features
+MakeLinear = Callable[..., Linear | PackedLinear]  # from in_features and the rows of each matrix in it
 MakeNorm = Callable[[str], "RMSNorm"]  # from its site
 
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.deterministic = False
         self.head_dim = config.head_dim
         self.sizes = (config.q_size, config.kv_size, config.kv_size)
-        self.qkv = linear(config.hidden_size, sum(self.sizes))
+        self.qkv = linear(config.hidden_size, *self.sizes)
         self.out = linear(config.q_size, config.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None,
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: LlamaConfig, linear: MakeLinear):
         super().__init__()
         self.deterministic = False
-        self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
+        self.gate_up = linear(config.hidden_size, config.intermediate_size, config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, at: Tap = UNTOUCHED) -> Tensor:
@@ -139,7 +139,8 @@ class Llama(nn.Module):
     @property
     def num_bytes(self) -> int:
         """What all weights take."""
-        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+        tensors = (*self.parameters(), *self.buffers())
+        return sum(tensor.nbytes for tensor in tensors if tensor is not self.frequencies)
 
     def set_deterministic(self, deterministic: bool) -> None:
         """Whether a token's numbers are the same bits whatever else is in its step and however its sequence was

@@ -12,6 +12,7 @@ from llama.checkpoint.save import save_model
 from llama.commands import info
 from llama.commands.report import size
 from llama.config import LlamaConfig, RopeScaling
+from llama.model.kernels import native
 from llama.model.transformer import Llama
 from tests.commands.small import make_checkpoint
 
@@ -47,8 +48,8 @@ def test_the_numbers_of_8b_are_the_published_ones(llama, big, free):
     free(24)
     found = facts(llama("info", "--model", big, "--json"))
     assert found["parameters"] == 8_030_261_248
-    assert found["weight_bytes"] == {"float32": 32_121_044_992, "bfloat16": 16_060_522_496,
-                                     "float16": 16_060_522_496}
+    assert found["weight_bytes"] == {"float32": 32_121_044_992, "bfloat16": 16_060_522_496, "float16": 16_060_522_496,
+                                     "int8": 8_037_058_560, "int4": 5_414_307_840}
     assert found["kv_bytes_per_token"] == 131_072
     assert [row["tokens"] for row in found["contexts"]] == [8192, 32768, 131072]
     assert [row["kv_bytes"] for row in found["contexts"]] == [GIB, 4 * GIB, 16 * GIB]
@@ -99,6 +100,34 @@ def test_it_is_said_in_words(llama, big, free):
                  "what fits           a context of 18,605 tokens; of 37,211 with --kv-cache for its 4.54 "
                  "GiB"):
         assert f"\n{line}\n" in ran.out, line
+
+
+def test_which_kernel_multiplies_at_how_many_rows_is_said(llama, checkpoint, free, monkeypatch):
+    free(1e-9)
+    for has_tiles, int4 in ((True, [(1, "vectors"), (9, "matrix unit")]), (False, [(1, "vectors")])):
+        monkeypatch.setattr(native, "_loaded", lambda: (object(), None))
+        monkeypatch.setattr(native, "has_tiles", lambda: has_tiles)
+        monkeypatch.setattr(native, "INT4_TILE_ROWS", 9)
+        found = facts(llama("info", "--model", checkpoint, "--json"))["kernels"]
+        assert (found["why_not"], found["matrix_unit"]) == (None, has_tiles)
+        assert [(part["from_rows"], part["kernel"]) for part in found["formats"]["int4"]] == int4
+        assert len(found["formats"]["bf16"]) == len(found["formats"]["int8"]) == 1
+        said = llama("info", "--model", checkpoint).out
+        unit = " and AMX, the matrix unit" if has_tiles else ""
+        assert f"\n\ncompiled kernels    AVX-512{unit}\n  bf16              {int4[-1][1]}\n" in said
+        assert ("\n  int4              vectors; from 9 rows on, matrix unit\n" in said) == has_tiles
+
+
+def test_without_kernels_it_is_said_what_to_install(llama, checkpoint, free, monkeypatch):
+    free(1e-9)
+    monkeypatch.setattr(native, "_loaded", lambda: (None, "no C compiler is installed; install gcc or clang"))
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    said = llama("info", "--model", checkpoint).out
+    assert "\ncompiled kernels    none: no C compiler is installed; install gcc or clang\n  bf16              torch\n" in said
+    assert "little memory, and much time\n" in said
+    found = facts(llama("info", "--model", checkpoint, "--json"))["kernels"]
+    assert found["formats"] == {name: [{"from_rows": 1, "kernel": "torch"}] for name in ("bf16", "int8", "int4")}
+    assert facts(llama("info", "--model", checkpoint, "--json", "--no-load"))["kernels"] is None
 
 
 def test_without_weights_the_configuration_is_shown_and_then_the_error(llama, big):

@@ -76,6 +76,8 @@ def product(x: Tensor, blocks: Tensor, scale: Tensor | None, fmt: Format, *, wid
     out_features = len(blocks) * BLOCK_ROWS
     x = x.contiguous()
     y = torch.empty(rows, out_features, dtype=torch.float32 if wide else x.dtype)
+    if rows == 0:  # the matrix unit knows no empty tile
+        return y
     call = _Product(fmt.code, kernel_for(fmt, rows), torch.get_num_threads(), x.dtype == torch.float32,
                     y.dtype == torch.float32, rows, out_features, in_features, blocks.data_ptr(),
                     None if scale is None else scale.data_ptr(), x.data_ptr(), y.data_ptr(), None)
@@ -152,12 +154,32 @@ def has_tiles() -> bool:
     return wanted and library() is not None and bool(library().tiles_allowed())
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where there are none."""
-    if why_not() is not None:
-        return None
-    loaded = ctypes.CDLL(str(_build()))  # with the OpenMP that torch has loaded: one pool of threads
+    return _loaded()[0]
+
+
+def why_not() -> str | None:
+    """Why there are no compiled kernels, and what would change that; None if there are."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernels, or why there are none."""
+    if os.environ.get("LLAMA_KERNELS") == "torch":
+        return None, "LLAMA_KERNELS=torch in the environment asks for none"
+    missing = [name for name in REQUIRED if name not in _processor().split()]
+    if platform.machine() != "x86_64" or missing:
+        return None, f"the processor lacks {', '.join(missing) or 'x86-64'}"
+    if _compiler() is None:
+        return None, "no C compiler is installed; install gcc or clang"
+    try:
+        loaded = ctypes.CDLL(str(_build()))  # with the OpenMP that torch has loaded: one pool of threads
+    except subprocess.CalledProcessError as error:
+        return None, f"{_compiler()} failed: {' '.join(error.stderr.split())[:300]}"
+    except OSError as error:
+        return None, f"what {_compiler()} makes cannot be kept or loaded: {error}"
     pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name, types in {"pack": (ctypes.c_int32, pointer, size, size, size, pointer, pointer),
                         "norm_scale": (pointer, pointer, size, size, ctypes.c_float, threads),
@@ -168,24 +190,7 @@ def library() -> ctypes.CDLL | None:
     for name in ("pack", "product", "attention", "norm_scale", "normalise", "swiglu", "rotate"):
         getattr(loaded, name).restype = None
     loaded.scratch_bytes.restype = loaded.attention_scratch.restype = size
-    return loaded
-
-
-@functools.cache
-def why_not() -> str | None:
-    """Why there are no compiled kernels; None if there are."""
-    if os.environ.get("LLAMA_KERNELS") == "torch":
-        return "LLAMA_KERNELS=torch asks for none"
-    missing = [name for name in REQUIRED if name not in _processor().split()]
-    if platform.machine() != "x86_64" or missing:
-        return f"the processor lacks {', '.join(missing) or 'x86-64'}"
-    if _compiler() is None:
-        return "no C compiler is installed (gcc, clang or cc)"
-    try:
-        _build()
-    except (subprocess.CalledProcessError, OSError) as error:
-        return f"the C compiler failed: {(getattr(error, 'stderr', None) or str(error)).strip()[:300]}"
-    return None
+    return loaded, None
 
 
 def _build() -> Path:
@@ -204,19 +209,19 @@ def _build() -> Path:
 
 def _cache() -> Path:
     """Where compiled kernels are kept: the user's own cache, or a directory for this process if that cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runtime"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runtime"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(cache, os.W_OK) and cache.stat().st_uid == os.getuid():
             return cache
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         pass
-    return _own_directory()
+    return Path(_own_directory().name)
 
 
 @functools.cache
-def _own_directory() -> Path:
-    return Path(tempfile.mkdtemp(prefix="llama-kernels-"))
+def _own_directory() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="llama-kernels-")
 
 
 def _compiler() -> str | None:
