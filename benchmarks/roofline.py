@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import begin, finish, interleaved, seconds, show, spread, summary
+from llama.model.memory import huge_pages
 
 ROWS, WIDTH, DEPTH = 512, 8192, 4096  # of the products: a prompt's rows in a layer's shape
 
@@ -40,7 +41,7 @@ def read_bandwidth(num_bytes: int = 2**30, repeats: int = 5) -> float:
 
 def read_rates(num_bytes: int = 2**30, repeats: int = 5) -> dict[str, list[float]]:
     """Bytes per second of each way to read a tensor that no cache holds."""
-    data = torch.ones(num_bytes // 4, dtype=torch.float32)
+    data = huge_pages(torch.empty(num_bytes // 4, dtype=torch.float32)).fill_(1)  # as packed weights lie
     matrix, vector = data.view(-1, 4096), torch.ones(4096)
     half, half_vector = data.view(torch.bfloat16).view(-1, 4096), torch.ones(1, 4096, dtype=torch.bfloat16)
     packed = torch.ops.mkldnn._reorder_linear_weight(half, 1) if torch.backends.mkldnn.is_available() else None
