@@ -209,7 +209,7 @@ def test_model_flags_reach_the_loader(monkeypatch, tmp_path):
         "--kv-cache", "1.5GiB", "--draft", "small", "--deterministic", "--quantize", "int4"]))
     load(build_parser().parse_args(["chat", "--model", str(tmp_path), "--prompt-lookup"]))
     rest = {"dtype": None, "device": "cpu", "quantize": None, "max_context": 4096, "kv_cache_bytes": None,
-            "prompt_lookup": False, "draft": None, "deterministic": False}
+            "kv_cache_dtype": None, "prompt_lookup": False, "draft": None, "deterministic": False}
     assert loaded == [
         (tmp_path, rest | {"dtype": "bfloat16", "max_context": 50, "kv_cache_bytes": 3 << 29,
                            "draft": "small", "deterministic": True, "quantize": "int4"}),
