@@ -33,7 +33,7 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
          "not fits(sum(out_features), in_features)"),
     ),
     "model/kernels/native.py": (
-        ("scattered x is read as if it were not", "    x = x.contiguous()\n    y = ", "    y = "),
+        ("scattered x is read as if it were not", "    x = x.contiguous()\n    y = torch.empty(rows", "    y = torch.empty(rows"),
         ("LLAMA_KERNELS is ignored", 'os.environ.get("LLAMA_KERNELS") == "torch"', "False"),
         ("a library is compiled where others read it", "built = Path(directory) / name", "built = target"),
         ("what cannot be loaded is a traceback", "except OSError as error:\n        return", "except KeyError as error:\n        return"),
