@@ -8,11 +8,12 @@ one such row for each of the positions named.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llama.model.positions import PlanError, Positions, as_json, checked
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,9 @@ def _number(value: Any, field: str) -> float:
     return float(value)
 
 
-def _array(value: Any, field: str) -> np.ndarray:
+def _array(value: Any, field: str) -> "np.ndarray":
+    import numpy as np  # not before a plan has a vector: a server's front knows plans, and does without
+
     if hasattr(value, "detach"):  # a tensor
         value = value.detach().float().cpu().numpy()
     if not isinstance(value, np.ndarray | Sequence | int | float) or isinstance(value, str | bytes | bool):

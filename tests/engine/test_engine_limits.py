@@ -15,7 +15,7 @@ from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, StepError, TokenEvent
 from llama.engine.sampler import sample
-from llama.model.linear import Linear
+from llama.model.linear import make_linear
 from llama.model.transformer import FeedForward
 from tests.engine.running import TINY, alone, engine_of, run
 from tests.engine.simulation import request
@@ -173,7 +173,7 @@ def threads(request):
 def test_deterministic_is_the_same_bits_however_threads_share_the_work(threads, model):
     """More elements than one thread takes alone, in shares that end amid a vector."""
     config = replace(model.config, hidden_size=500, intermediate_size=500)
-    layer = FeedForward(config, partial(Linear, dtype=torch.float32, device="cpu"))
+    layer = FeedForward(config, partial(make_linear, dtype=torch.float32, device="cpu"))
     for module in layer.modules():
         module.deterministic = True
     x = torch.randn(110, 500, generator=torch.Generator().manual_seed(0))
