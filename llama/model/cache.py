@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llama.config import LlamaConfig
 from llama.model.formats import quantise_int8
-from llama.model.memory import huge_pages
 
 
 class KVCache:
@@ -27,8 +26,7 @@ class KVCache:
         self.block_size = block_size
         self.dtype = dtype
         shape = (config.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
-        self.keys, self.values = (huge_pages(torch.empty(shape, dtype=torch.int8 if int8 else dtype, device=device))
-                                  for _ in range(2))
+        self.keys, self.values = (torch.empty(shape, dtype=torch.int8 if int8 else dtype, device=device) for _ in range(2))
         self.key_scales, self.value_scales = (torch.empty(shape[:3], device=device) if int8 else None for _ in range(2))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
