@@ -7,12 +7,13 @@ import transformers
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, SamplingParams, TraceEvent
 from llama.internals.trace import Capture, Scale, TraceError, TracePlan, Zero, assemble
+from llama.model import plan_tap
 from llama.model.transformer import Llama
 from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
 from tests.internals.test_sites import assert_alike
 from tests.internals.traced import on_every_path, request, run, small_engine
-from tests.model.pairs import hugging_face, ours, random_ids
+from tests.model.pairs import difference, hugging_face, ours, random_ids
 
 PROMPT = random_ids(41)
 NEW = 20
@@ -63,6 +64,19 @@ def test_positions_and_heads_pick_rows_of_the_whole(pair):
         "layers.0.attn.scores[head=2,key=4]": expected["layers.0.attn.scores"][rows, 2, 4]})
 
 
+def test_the_largest_are_picked_with_their_ids(pair, monkeypatch):
+    _, model, _, expected = pair
+    monkeypatch.setattr(plan_tap, "_ROWS", 3)  # so that a step's rows are read in several pieces
+    plan = TracePlan(("layers.*.lens[top=4]", Capture("logits[top=181]", [-1, 2])), [0, 3, 4, 9, 40])
+    values = run(small_engine(model, step_tokens=30), [request("x", PROMPT, plan, NEW)])["x"][1]
+    wanted = {f"layers.{layer}.lens[top=4]": expected[f"layers.{layer}.lens"][[0, 3, 4, 9, 40]].topk(4)
+              for layer in range(2)} | {"logits[top=181]": expected["logits"][[2, 40]].topk(181)}
+    assert values.keys() == wanted.keys()
+    for name, (largest, ids) in wanted.items():
+        assert torch.equal(values[name][..., 0].long(), ids)
+        assert difference(values[name][..., 1], largest) < 5e-5
+
+
 def test_wrong_guesses_and_preemptions_leave_no_trace_in_a_trace(pair):
     _, model, ids, expected = pair
     repeated = (ids[:9] * 4)[:34]
@@ -110,7 +124,11 @@ REFUSED = [
     (TracePlan(("layers.*.attn.v[head=2]",)), "layers.0.attn.v has heads 0 to 1, and no head 2"),
     (TracePlan(("embed[head=0]",)), r"embed has no heads to choose from; its shape is \[hidden_size\]"),
     (TracePlan(("layers.0.attn.q[key=0]",)), "layers.0.attn.q has no key positions"),
-    (TracePlan(("layers.0.attn.q[dim=0]",)), "in brackets stand head=N, key=POSITION or both"),
+    (TracePlan(("layers.0.attn.q[dim=0]",)), "in brackets stand head=N, key=POSITION or both; or top=N"),
+    (TracePlan(("layers.*.mlp.act[top=3]",)), r"layers.0.mlp.act is not one number for each id.* \[intermediate_size\]"),
+    (TracePlan(("layers.1.lens[top=0]",)), "layers.1.lens: top is from 1 to the 181 ids there are, not 0"),
+    (TracePlan(("logits[top=182]",)), "logits: top is from 1 to the 181 ids there are, not 182"),
+    (TracePlan(("layers.1.lens[head=0]",)), "layers.1.lens has no heads"),
     (TracePlan(("logits",), 41), "position 41 is never computed: the prompt has 41 tokens"),
     (TracePlan(("logits",), -42), "position -1 is never computed"),
     (TracePlan(("logits",), slice(9, 9)), "the range 9:9 is empty"),
@@ -118,6 +136,7 @@ REFUSED = [
     (TracePlan(("embed", Capture("embed", 3))), r"capture\[1\]: embed is captured twice, at other positions"),
     (TracePlan(("embed", "logits"), max_bytes=10_000),
      r"capture\[1\]: with 'logits' the captures take 37,556 bytes, and max_bytes is 10,000"),
+    (TracePlan(("layers.*.lens[top=5]",), max_bytes=3279), "the captures take 3,280 bytes, and max_bytes is 3,279"),
 ]
 
 
