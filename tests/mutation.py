@@ -35,6 +35,7 @@ _ENGINE = ("engine/test_constraint.py", "engine/test_engine_limits.py", "engine/
 _GRAMMAR = ("text/test_grammar.py", "text/test_certain.py", "text/test_json_schema.py")
 _FORMATS = ("model/test_formats.py", "model/test_native.py")
 _QUANTISED = ("checkpoint/test_quantised.py",)
+_TRACES = ("internals/test_captures.py", "internals/test_edits.py", "internals/test_lens.py")
 TESTS = {
     "model/formats.py": _FORMATS,
     "model/linear.py": (*_FORMATS, *_QUANTISED),
@@ -48,6 +49,11 @@ TESTS = {
     "commands/info.py": ("commands/test_info.py",),
     "model/rope.py": ("model/test_rope.py",),
     "model/attention.py": ("model/test_attention.py",),
+    "model/plan.py": _TRACES,
+    "model/plan_tap.py": _TRACES,
+    "model/edits.py": _TRACES,
+    "model/selectors.py": _TRACES,
+    "engine/tracing.py": _TRACES,
     "text/tokenizer.py": ("text/test_tokenizer.py",),
     "text/chat.py": ("text/test_chat_safety.py",),
     "text/stream.py": ("text/test_stream.py",),

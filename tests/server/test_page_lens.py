@@ -53,7 +53,7 @@ def token(number):
 
 
 def rows(page):
-    """By layer, what it would have said: [[text, ...], ...], once it is there."""
+    """By layer, the last one first, what it would have said: [[text, ...], ...], once it is there."""
     page.until(lambda: page.texts("#lens-rows tr"), "the lens")
     return page.run("""return [...document.querySelectorAll("#lens-rows tr")]
         .map((row) => [...row.querySelectorAll("td .name")].map((name) => name.textContent))""")
@@ -66,15 +66,15 @@ def test_a_click_on_a_token_shows_by_layer_what_was_about_to_be_said(page):
     assert page.is_seen("#lens")
     layers = rows(page)
     assert len(layers) == 5
-    assert all(len(row) == 5 for row in layers) and layers[-1][0] == "4"
-    assert page.texts("#lens-rows th") == ["0", "1", "2", "3", "4"]
+    assert all(len(row) == 5 for row in layers) and layers[0][0] == "4"
+    assert page.texts("#lens-rows th") == ["4", "3", "2", "1", "0"]
     assert page.text("#lens-title") == "How it came to 4"
     assert set(page.texts("#lens-rows .chosen strong")) == {"4"} == set(page.texts("#lens-rows strong"))
-    assert page.text("#lens-rows tr:last-child .chosen .name") == "4"
-    assert layers[0][0] != "4"  # that it is there from the start would be no news
+    assert page.text("#lens-rows tr:first-child .chosen .name") == "4"
+    assert layers[-1][0] != "4"  # that it is there from the start would be no news
     # The last layer is what was drawn from: it says the same as the log probabilities of the reply itself.
-    assert page.texts("#card .name") == layers[-1]
-    assert page.texts("#card .share") == page.texts("#lens-rows tr:last-child .share")
+    assert page.texts("#card .name") == layers[0]
+    assert page.texts("#card .share") == page.texts("#lens-rows tr:first-child .share")
     assert page.complaints() == []
 
 
@@ -83,7 +83,7 @@ def test_every_token_of_a_reply_is_read_after_the_very_tokens_before_it(page):
     assert " " in said and said[-1] == "<|eot_id|>"  # white space at its end, and nothing that is text at all
     for number, text in enumerate(said):
         page.click(token(number))
-        assert rows(page)[-1][0] == text.replace(" ", "·")
+        assert rows(page)[0][0] == text.replace(" ", "·")
         assert re.fullmatch(r"The likeliest from layer \d on\.", page.text("#lens-state"))
 
 
@@ -100,7 +100,7 @@ def test_the_lens_by_keyboard(page):
     page.run("document.querySelector('.reply .token').focus()")
     page.press(RIGHT)
     page.press(ENTER)
-    assert rows(page)[-1][0] == page.run("return document.activeElement.textContent").replace(" ", "·")
+    assert rows(page)[0][0] == page.run("return document.activeElement.textContent").replace(" ", "·")
     assert page.run("return document.activeElement.matches('.lensed')")
     page.press(ESCAPE)
     assert not page.is_seen("#lens") and page.texts(".lensed") == []
@@ -137,7 +137,7 @@ def test_it_fits_every_screen(chromium, traced, scheme, width):
     chromium.ask("Repeat: one two three")
     chromium.ask(SUM)
     chromium.click(".reply:last-child .token:nth-last-child(4)")
-    assert rows(chromium)[-1][0] == "4"
+    assert rows(chromium)[0][0] == "4"
     assert chromium.too_wide() == []
     below, above, inside = chromium.run("""
         const [lens, token, foot] = ["#lens", ".lensed", "footer"]
