@@ -40,9 +40,9 @@ def test_a_capture_in_a_cached_prefix_is_computed_and_one_after_it_is_not(pair):
     engine = small_engine(model)
     run(engine, [request("earlier", ids, None)])
     computed = []
-    for positions in (40, 3):
+    for positions, more in ((40, ()), (3, (Capture("embed", 40),))):
         before = engine.model.blocks[0].register_forward_hook(lambda _, args, __: computed.append(len(args[0])))
-        values = run(engine, [request("x", ids, TracePlan(("layers.1.attn.pattern",), positions))])["x"][1]
+        values = run(engine, [request("x", ids, TracePlan((*more, "layers.1.attn.pattern"), positions))])["x"][1]
         before.remove()
         pattern = values["layers.1.attn.pattern"][0]
         wanted = expected["layers.1.attn.pattern"][positions, :, :positions + 1]
@@ -106,6 +106,15 @@ def test_who_shares_a_step_with_a_traced_request_is_not_affected(pair, plan):
     plain, beside = (run(small_engine(model, step_tokens=24), others + more)
                      for more in ([], [request("traced", PROMPT, plan, NEW)]))
     assert all(plain[one.id][0] == beside[one.id][0] for one in others)
+
+
+def test_who_is_traced_in_the_same_step_has_other_values(pair):
+    theirs, model, _, expected = pair
+    site, other = "layers.1.resid_post", random_ids(33, 8)
+    requests = [request("other", other, TracePlan((site,)), 1), request("mine", PROMPT, TracePlan((site,)), NEW)]
+    found = run(small_engine(model, step_tokens=24), requests)
+    assert difference(found["mine"][1][site], expected[site]) < 5e-5
+    assert difference(found["other"][1][site], Hooked(theirs).run(other)[site]) < 5e-5
 
 
 def _events(engine, requests, more):

@@ -59,6 +59,9 @@ def test_what_is_only_read_is_passed_over_by_edits_of_a_whole_layer(model, plain
     trace = captured(model, IDS, ["layers.1.lens"], [Scale("layers.1.*", 1), Zero("layers.1.mlp_out")])
     assert difference(trace["layers.1.lens"], logits_of(model, IDS, [Zero("layers.1.mlp_out")]).log_softmax(-1)) < NEAR
     assert difference(trace["layers.1.lens"], plain.log_softmax(-1)) > 0.01
+    at_it = [Add("layers.1.resid_post", random_vector(48))]
+    trace = captured(model, IDS, ["layers.1.lens"], at_it)
+    assert difference(trace["layers.1.lens"], logits_of(model, IDS, at_it).log_softmax(-1)) < NEAR
     everything = captured(model, IDS, ["layers.*.resid_post", "layers.*.lens"])
     edits = expanded([Patch("*", everything)], model.config, len(IDS))
     assert difference(logits_of(model, IDS, edits), plain) < NEAR
@@ -116,7 +119,7 @@ def test_a_patch_of_all_that_a_layer_hands_on_is_the_other_run(model):
 
 def test_a_patch_takes_from_where_it_is_told(model):
     other = captured(model, OTHER, ["embed"])
-    edits = expanded([Patch("embed", other, positions=[2, -1], from_positions=[9, 0])], model.config, len(IDS))
+    edits = expanded([Patch("embed", other, positions=[-1, 2], from_positions=[0, 9])], model.config, len(IDS))
     changed = IDS[:2] + [OTHER[9]] + IDS[3:-1] + [OTHER[0]]
     assert difference(logits_of(model, IDS, edits), logits_of(model, changed)) < NEAR
 
