@@ -19,11 +19,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import faults, weight_faults
+from tests import faults, trace_faults, weight_faults
 from tests.faults import Fault
 
 ROOT = Path(__file__).parent.parent
-FAULTS = (*faults.FAULTS, *weight_faults.FAULTS)
+FAULTS = (*faults.FAULTS, *weight_faults.FAULTS, *trace_faults.FAULTS)
 
 MOST_SECONDS = 300  # of the processor: a fault may well keep a test from ending
 
