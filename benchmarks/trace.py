@@ -104,7 +104,7 @@ def patched(model: Llama, ids: list[int], plan: TracePlan) -> torch.Tensor:
     every = range(len(ids))
     batch = replace(RaggedBatch.whole(torch.tensor(ids)), logit_rows=torch.tensor([len(ids) - 1]))
     part = Part(plan.bind(model.config, len(ids), len(ids)), batch.segments[0], every, every)
-    return model(batch, None, PlanTap([part], None))
+    return model(batch, None, PlanTap([part], None, model.logits))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ _PROMPT_LOGPROB = Object(_all(logprob=_LOGPROB, rank=_or_null(_COUNT), decoded_t
 _PROMPT_LOGPROBS = {"prompt_logprobs": Field(_list(_or_null(Map(String(), _PROMPT_LOGPROB, COUNT))),
                                              "where asked for")}
 
-_TRACE = {"x_trace": Field(AnyObject(), "where asked for: sites by name, with shape, positions and values; if they "
-                           "are many, an id for /v1/traces instead of values")}
+_TRACE = {"x_trace": Field(AnyObject(), "where asked for: sites by name, with shape, positions and values (of "
+                           "[top=N] with tokens); if they are many, an id for /v1/traces instead of values")}
 
 _LOGPROBS = _all(logprobs=_or_null(CHAT_LOGPROBS))
 _CHUNK_USAGE = {"usage": Field(USAGE, "with stream_options.include_usage: null, but for the last chunk")}

@@ -16,6 +16,7 @@ from llama.model.plan import TracePlan
 from llama.model.positions import PlanError
 from server.call import Call
 from server.errors import ApiError
+from server.logprobs import token_text
 from server.served import Served
 
 # Quotas: of one request; of what waits to be fetched, all together and in number; of numbers that stand in a reply.
@@ -74,6 +75,7 @@ def reply(call: Call, served: Served, events: Iterable[TraceEvent], num_generate
           ) -> dict[str, Any]:
     """What stands under `x_trace` in the answer: values if they are few, else the id of a safetensors file.
 
+    Beside values with [top=N], which are pairs of id and number, stand their tokens' texts; null for an id without.
     Raises TraceError where the run did not bring what the plan asks for.
     """
     num_prompt, most = _sizes(call, served)
@@ -85,7 +87,13 @@ def reply(call: Call, served: Served, events: Iterable[TraceEvent], num_generate
         return {"id": store.keep(body), "bytes": len(body), "sites": sites}
     for name, array in arrays.items():
         sites[name]["values"] = np.where(np.isfinite(array), array, None).tolist()  # JSON has no infinity: null
+    for name in {capture.place.label for capture in bound.captures if capture.place.top is not None}:
+        sites[name]["tokens"] = [[_token(served, int(token_id)) for token_id in row] for row in arrays[name][..., 0]]
     return {"sites": sites}
+
+
+def _token(served: Served, token_id: int) -> str | None:
+    return token_text(served.tokenizer, token_id) if token_id < served.vocab_size else None
 
 
 def _sizes(call: Call, served: Served) -> tuple[int, int]:

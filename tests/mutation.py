@@ -19,11 +19,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import faults, weight_faults
+from tests import faults, trace_faults, weight_faults
 from tests.faults import Fault
 
 ROOT = Path(__file__).parent.parent
-FAULTS = (*faults.FAULTS, *weight_faults.FAULTS)
+FAULTS = (*faults.FAULTS, *weight_faults.FAULTS, *trace_faults.FAULTS)
 
 MOST_SECONDS = 300  # of the processor: a fault may well keep a test from ending
 
@@ -35,6 +35,7 @@ _ENGINE = ("engine/test_constraint.py", "engine/test_engine_limits.py", "engine/
 _GRAMMAR = ("text/test_grammar.py", "text/test_certain.py", "text/test_json_schema.py")
 _FORMATS = ("model/test_formats.py", "model/test_native.py")
 _QUANTISED = ("checkpoint/test_quantised.py",)
+_TRACES = ("internals/test_captures.py", "internals/test_edits.py", "internals/test_lens.py")
 TESTS = {
     "model/formats.py": _FORMATS,
     "model/linear.py": (*_FORMATS, *_QUANTISED),
@@ -48,6 +49,11 @@ TESTS = {
     "commands/info.py": ("commands/test_info.py",),
     "model/rope.py": ("model/test_rope.py",),
     "model/attention.py": ("model/test_attention.py",),
+    "model/plan.py": _TRACES,
+    "model/plan_tap.py": _TRACES,
+    "model/edits.py": _TRACES,
+    "model/selectors.py": _TRACES,
+    "engine/tracing.py": _TRACES,
     "text/tokenizer.py": ("text/test_tokenizer.py",),
     "text/chat.py": ("text/test_chat_safety.py",),
     "text/stream.py": ("text/test_stream.py",),

@@ -140,7 +140,7 @@ class Engine:
             self.cache.copy_block(*plan.copies[0])
             del plan.copies[0]
         batch = ragged_batch(plan.scheduled, BLOCK_SIZE, self.model.device)
-        at = step_tap(plan.scheduled, batch, self.cache)
+        at = step_tap(plan.scheduled, batch, self.model, self.cache)
         hidden = self.model.hidden(batch, self.cache, at)
         draws = self._draw(plan, hidden[batch.logit_rows], at.rows(batch.logit_rows))
         scores = self._score_prompts(plan, hidden, at)

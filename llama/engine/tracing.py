@@ -30,7 +30,7 @@ def bound_plan(request: Request, config: LlamaConfig, max_ids: int) -> BoundPlan
         raise RequestError("trace", f"trace plan, {error}") from error
 
 
-def step_tap(scheduled: Ordered[Scheduled], batch: RaggedBatch, cache: KVCache) -> Tap:
+def step_tap(scheduled: Ordered[Scheduled], batch: RaggedBatch, model: Llama, cache: KVCache) -> Tap:
     """The tap for a step: it looks only at the tokens of sequences that have a plan."""
     parts, first = [], 0
     for item, segment in zip(scheduled, batch.segments, strict=True):
@@ -38,7 +38,7 @@ def step_tap(scheduled: Ordered[Scheduled], batch: RaggedBatch, cache: KVCache) 
             rows = range(first, first + item.length)
             parts.append(Part(item.sequence.plan, segment, rows, range(segment.start, segment.end)))
         first += item.length
-    return PlanTap(parts, cache) if parts else UNTOUCHED
+    return PlanTap(parts, cache, model.logits) if parts else UNTOUCHED
 
 
 def look_at_logits(model: Llama, hidden: Tensor, batch: RaggedBatch, at: Tap) -> None:

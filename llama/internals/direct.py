@@ -22,7 +22,7 @@ def look(model: Llama, ids: Sequence[int], plan: TracePlan) -> tuple[Tensor, dic
     batch = RaggedBatch.whole(torch.tensor(ids, device=device))
     every = range(len(ids))
     part = Part(plan.bind(model.config, len(ids), len(ids)), batch.segments[0], every, every)
-    logits = model(batch, None, PlanTap([part], None))
+    logits = model(batch, None, PlanTap([part], None, model.logits))
     return logits, {one.label: one.value for one in part.captured}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from llama.internals.trace import Edit, Scale, TracePlan
 from llama.model.plan_tap import Part, PlanTap
 from llama.model.ragged import RaggedBatch
-from llama.model.selectors import places
+from llama.model.selectors import changeable_places
 from llama.model.transformer import Llama
 
 
@@ -37,7 +37,8 @@ def gradients(model: Llama, ids: Sequence[int], sites: Sequence[str], token: int
     Scores, patterns and head_outs are recomputed so that the logit does depend on them. Raises PlanError.
     """
     config = model.config
-    found = [place for number, pattern in enumerate(sites) for place in places(pattern, config, f"capture[{number}]")]
+    found = [place for number, pattern in enumerate(sites)
+             for place in changeable_places(pattern, config, f"capture[{number}]")]
     recomputed = tuple(Scale(place.name, 1.0) for place in found if place.site.made_at is not None)
     batch = RaggedBatch.whole(torch.tensor(ids, device=model.device))
     bound = TracePlan(tuple(sites), edits=(*edits, *recomputed)).bind(config, len(ids), len(ids))
@@ -45,7 +46,7 @@ def gradients(model: Llama, ids: Sequence[int], sites: Sequence[str], token: int
     part = _Watched(bound, batch.segments[0], every, every,
                     names=frozenset(place.name for place in found))
     with torch.enable_grad():
-        logits = model(batch, None, PlanTap([part], None))[position]
+        logits = model(batch, None, PlanTap([part], None, model.logits))[position]
         target = logits[token] if against is None else logits[token] - logits[against]
         values = list(part.values.values())
         grads = torch.autograd.grad(target, values, allow_unused=True)

@@ -103,7 +103,7 @@ class _Runner:
         batch = cached_batch(ids, self.cache)
         plan = TracePlan(("layers.*.resid_pre",), max_bytes=1 << 40).bind(model.config, len(ids), len(ids))
         part = Part(plan, batch.segments[0], range(len(ids)), range(len(ids)))
-        hidden = model.hidden(batch, self.cache, PlanTap([part], self.cache))
+        hidden = model.hidden(batch, self.cache, PlanTap([part], self.cache, model.logits))
         self.before = [one.value for one in part.captured]  # by layer, [tokens, hidden]
         self.logits = model.logits(hidden[-1:])
 
@@ -136,7 +136,7 @@ class _Runner:
         where = torch.cat(positions)  # [rows]
         batch = RaggedBatch(torch.tensor(self.ids, device=device)[where], where, tuple(segments),
                             torch.arange(count, count + first, device=device))
-        tap = PlanTap(parts, self.cache)
+        tap = PlanTap(parts, self.cache, self.model.logits)
         rotary = rotation(batch.positions, self.model.frequencies)
         x = self.before[first_layer][where]  # [rows, hidden]
         for layer in range(first_layer, self.model.config.num_layers):

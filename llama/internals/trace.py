@@ -18,7 +18,7 @@ from llama.internals.assemble import TraceError, assembled
 from llama.model.edits import Add, Edit, Replace, Scale, Zero
 from llama.model.plan import BoundPlan, Capture, TracePlan
 from llama.model.positions import PlanError, Positions, checked, locate
-from llama.model.selectors import places
+from llama.model.selectors import changeable_places
 
 __all__ = ["Add", "Capture", "Patch", "PlanError", "Replace", "Scale", "Trace", "TraceError", "TracePlan", "Zero",
            "expanded"]
@@ -97,7 +97,7 @@ class Patch:
     def replacements(self, config: LlamaConfig, num_prompt: int, field: str) -> list[Replace]:
         """The same as Replace edits, which hold the values themselves. Raises PlanError."""
         source, found = self.from_run, []
-        for place in places(self.site, config, f"{field}.site"):
+        for place in changeable_places(self.site, config, f"{field}.site"):
             whole = place.label if place.label in source.values else place.name
             if whole not in source.values:
                 continue

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llama.config import LlamaConfig
 from llama.model.edits import Edit, checked_edit, edit_from_json, edit_to_json
 from llama.model.positions import PlanError, Positions, Where, as_json, checked, locate
-from llama.model.selectors import Place, places
+from llama.model.selectors import Place, changeable_places, places
 from llama.model.sites import LAST
 
 MAX_BYTES = 256 << 20
@@ -102,7 +102,7 @@ class TracePlan:
         for number, edit in enumerate(self.edits):
             field = f"edits[{number}]"
             where = locate(edit.positions, num_prompt, most, f"{field}.positions")
-            for place in places(edit.site, config, f"{field}.site"):
+            for place in changeable_places(edit.site, config, f"{field}.site"):
                 _check_vector(edit, place, where, config, f"{field}.vector")
                 edits.append(BoundEdit(number, edit, place, where))
         return BoundPlan(tuple(captures.values()), tuple(edits))

@@ -1,6 +1,6 @@
 """The tap that carries out plans: for each sequence of a step that has one, at its own tokens and no others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,8 +11,12 @@ from llama.model.cache import KVCache
 from llama.model.pattern import attention_scores, check_pattern, mix
 from llama.model.plan import BoundEdit, BoundPlan
 from llama.model.positions import Where
-from llama.model.ragged import RaggedBatch, Segment
+from llama.model.ragged import Segment
+from llama.model.selectors import Place
 from llama.model.tap import UNTOUCHED, Tap
+
+# Rows of logits that are computed at once only to be looked at.
+_ROWS = 128
 
 
 class Captured(NamedTuple):
@@ -62,7 +66,7 @@ class Part:
         for one in captures:
             rows, positions = self.select(one.where, value.device)
             if positions:
-                self.captured.append(Captured(one.place.label, tuple(positions), value[(rows, *one.place.index)]))
+                self.captured.append(Captured(one.place.label, tuple(positions), _picked(value, one.place, rows)))
         return value
 
     def needed(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, "Part"]:
@@ -77,32 +81,40 @@ class Part:
 
 
 class PlanTap(Tap):
-    """A step's plans. parts: one for each sequence that has a plan. cache: what the model is run on, if anything."""
+    """A step's plans.
 
-    def __init__(self, parts: Sequence[Part], cache: KVCache | None, layer: int | None = None):
+    parts: one for each sequence that has a plan. cache: what the model is run on, if anything. read_out: the model's
+    final norm and head, [rows, hidden] -> [rows, vocab].
+    """
+
+    def __init__(self, parts: Sequence[Part], cache: KVCache | None, read_out: Callable[[Tensor], Tensor],
+                 layer: int | None = None):
         self.parts = parts
         self._cache = cache
+        self._read_out = read_out
         self._layer = layer
         self._prefix = "" if layer is None else f"layers.{layer}."
 
     def layer(self, layer: int) -> Tap:
         """The tap for the sites of one layer; one that does nothing, where there is nothing to do."""
         parts = [part for part in self.parts if layer in part.plan.layers]
-        return PlanTap(parts, self._cache, layer) if parts else UNTOUCHED
+        return PlanTap(parts, self._cache, self._read_out, layer) if parts else UNTOUCHED
 
     def rows(self, rows: Tensor | range) -> Tap:
         """The tap for values that exist for these tokens of the step only."""
         chosen = rows if isinstance(rows, range) else rows.tolist()
-        return PlanTap([part.among(chosen) for part in self.parts], self._cache)
+        return PlanTap([part.among(chosen) for part in self.parts], self._cache, self._read_out)
 
     def __call__(self, site: str, value: Tensor, *made_from: Any) -> Tensor:
-        """What each plan makes of the value; what is recomputed at this place comes before it."""
+        """What each plan makes of the value; what is recomputed at this place comes before it, what is read after."""
         for part in self.parts:
             if site == "attn.heads":
                 value = self._attention(part, value, *made_from)
             elif site == "attn_out":
                 value = self._head_out(part, value, *made_from)
             value = part.touch(self._prefix + site, value)
+            if site == "resid_post":
+                self._lens(part, value)
         return value
 
     def _attention(self, part: Part, heads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,6 +143,15 @@ class PlanTap(Tap):
         outs = here.touch(names[0], outs)
         return attn_out.index_copy(0, rows, outs.sum(dim=1)) if part.edits(names) else attn_out
 
+    def _lens(self, part: Part, resid_post: Tensor) -> None:
+        """What this layer would have said, of the rows asked for; some at a time, for a vocabulary is wide."""
+        name = self._prefix + "lens"
+        rows, here = part.needed([name], resid_post.device)
+        for first in range(0, len(rows), _ROWS):
+            some = rows[first:first + _ROWS]
+            logprobs = self._read_out(resid_post[some]).log_softmax(dim=-1)  # [some, vocab]
+            here.among(range(first, first + len(some))).touch(name, logprobs)
+
     def _context(self, part: Part, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that the sequence has by now: two of [context, num_kv_heads, head_dim]."""
         if self._cache is None:
@@ -138,6 +159,15 @@ class PlanTap(Tap):
             return k[rows], v[rows]
         read = [self._cache.read(self._layer, run) for run in part.segment.runs]
         return torch.cat([keys for keys, _ in read]), torch.cat([values for _, values in read])
+
+
+def _picked(value: Tensor, place: Place, rows: Tensor) -> Tensor:
+    """A copy of what is captured of these rows."""
+    chosen = value[(rows, *place.index)]
+    if place.top is None:
+        return chosen
+    largest, ids = chosen.topk(place.top, dim=-1)
+    return torch.stack((ids.to(largest.dtype), largest), dim=-1)  # [rows, top, 2]; float32 has every id exactly
 
 
 def _edited(value: Tensor, one: BoundEdit, rows: Tensor, positions: Sequence[int]) -> Tensor:

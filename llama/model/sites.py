@@ -18,6 +18,7 @@ class Site:
     field of LlamaConfig; "context" stands for the positions that the token sees, "1" for a single number.
     hugging_face: the same in `LlamaForCausalLM`, in which N is the layer. made_at: the site at which this one is
     recomputed if asked for, because no kernel leaves it in memory; None for what the forward pass computes anyhow.
+    is_reading: nothing follows from it, so that it can be captured and not be edited.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Site:
     axes: tuple[str, ...]
     hugging_face: str
     made_at: str | None = None
+    is_reading: bool = False
 
     @property
     def is_attention(self) -> bool:
@@ -37,7 +39,7 @@ class Site:
         return tuple(fixed[axis] if axis in fixed else getattr(config, axis) for axis in self.axes)
 
 
-_HIDDEN, _WIDE, _ONE = ("hidden_size",), ("intermediate_size",), ("1",)
+_HIDDEN, _WIDE, _VOCAB, _ONE = ("hidden_size",), ("intermediate_size",), ("vocab_size",), ("1",)
 _HEADS, _KV_HEADS, _SEEN = ("num_heads", "head_dim"), ("num_kv_heads", "head_dim"), ("num_heads", "context")
 
 FIRST = (
@@ -72,13 +74,15 @@ LAYER = (
     Site("mlp.act", "silu(gate) * up", _WIDE, "input of model.layers.N.mlp.down_proj"),
     Site("mlp_out", "Wdown act", _HIDDEN, "output of model.layers.N.mlp.down_proj"),
     Site("resid_post", "resid_mid + mlp_out", _HIDDEN, "output of model.layers.N"),
+    Site("lens", "log softmax(Whead norm(resid_post)), the norm being final_norm; only to be read", _VOCAB,
+         "log_softmax(lm_head(model.norm(output of model.layers.N)))", made_at="resid_post", is_reading=True),
 )
 
 LAST = (
     Site("final_norm.scale", "1 / sqrt(mean(resid_post²) + eps), of the last layer's", _ONE,
          "of the input of model.norm"),
     Site("final_norm", "weight * (resid_post * scale)", _HIDDEN, "output of model.norm"),
-    Site("logits", "Whead final_norm", ("vocab_size",), "output of lm_head"),
+    Site("logits", "Whead final_norm", _VOCAB, "output of lm_head"),
 )
 
 
@@ -96,7 +100,9 @@ def all_sites(config: LlamaConfig) -> Iterator[tuple[str, int | None, Site]]:
 def documentation() -> str:
     """The table of all sites, as text of at most 120 columns."""
     lines = ["Sites: the named places of the forward pass. N is a layer; a shape is that of one token's value.",
-             "* is recomputed when it is asked for; everything else is what the forward pass computes anyhow.", ""]
+             "* is recomputed when it is asked for; everything else is what the forward pass computes anyhow.",
+             "Brackets pick a part: [head=2]; [key=7] of a context; [top=5], the 5 largest of vocab_size, as id and value.",
+             ""]
     for prefix, sites in (("", FIRST), ("layers.N.", LAYER), ("", LAST)):
         for site in sites:
             name = prefix + site.name + ("*" if site.made_at else "")

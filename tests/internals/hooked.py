@@ -58,6 +58,8 @@ class Hooked:
             scores = turned[layer][0][0] @ keys.transpose(1, 2) / self.config.head_dim**0.5
             allowed = out.attentions[layer][0].new_ones(scores.shape).tril(scores.shape[2] - scores.shape[1]).bool()
             return scores.masked_fill(~allowed, -torch.inf).transpose(0, 1)
+        if site.name == "lens":
+            return self.model.lm_head(self.model.model.norm(modules[f"output of model.layers.{layer}"])).log_softmax(-1)
         assert site.name == "attn.head_out", site.name
         heads = modules[f"input of model.layers.{layer}.self_attn.o_proj"].unflatten(-1, (self.config.num_heads, -1))
         weight = self.model.model.layers[layer].self_attn.o_proj.weight.unflatten(1, (self.config.num_heads, -1))

@@ -24,7 +24,7 @@ def tapped(pages: Pages, plans: dict[str, BoundPlan], *parts: tuple[str, list[in
         if name in plans:
             taps[name] = Part(plans[name], segment, range(first, first + len(ids)), range(segment.start, segment.end))
         first += len(ids)
-    logits = pages.model(batch, pages.cache, PlanTap([*taps.values()], pages.cache))
+    logits = pages.model(batch, pages.cache, PlanTap([*taps.values()], pages.cache, pages.model.logits))
     return logits, {name: part.captured for name, part in taps.items()}
 
 
@@ -32,7 +32,7 @@ def whole(model: Llama, ids: list[int], plan: TracePlan) -> tuple[Tensor, list[C
     """A whole sequence without a cache: the logits, and what was captured."""
     batch = RaggedBatch.whole(torch.tensor(ids))
     part = Part(bound(model, plan, len(ids)), batch.segments[0], range(len(ids)), range(len(ids)))
-    return model(batch, None, PlanTap([part], None)), part.captured
+    return model(batch, None, PlanTap([part], None, model.logits)), part.captured
 
 
 def by_label(captured: list[Captured]) -> dict[str, Tensor]:

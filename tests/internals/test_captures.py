@@ -7,12 +7,13 @@ import transformers
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, SamplingParams, TraceEvent
 from llama.internals.trace import Capture, Scale, TraceError, TracePlan, Zero, assemble
+from llama.model import plan_tap
 from llama.model.transformer import Llama
 from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
 from tests.internals.test_sites import assert_alike
 from tests.internals.traced import on_every_path, request, run, small_engine
-from tests.model.pairs import hugging_face, ours, random_ids
+from tests.model.pairs import difference, hugging_face, ours, random_ids
 
 PROMPT = random_ids(41)
 NEW = 20
@@ -39,9 +40,9 @@ def test_a_capture_in_a_cached_prefix_is_computed_and_one_after_it_is_not(pair):
     engine = small_engine(model)
     run(engine, [request("earlier", ids, None)])
     computed = []
-    for positions in (40, 3):
+    for positions, more in ((40, ()), (3, (Capture("embed", 40),))):
         before = engine.model.blocks[0].register_forward_hook(lambda _, args, __: computed.append(len(args[0])))
-        values = run(engine, [request("x", ids, TracePlan(("layers.1.attn.pattern",), positions))])["x"][1]
+        values = run(engine, [request("x", ids, TracePlan((*more, "layers.1.attn.pattern"), positions))])["x"][1]
         before.remove()
         pattern = values["layers.1.attn.pattern"][0]
         wanted = expected["layers.1.attn.pattern"][positions, :, :positions + 1]
@@ -61,6 +62,19 @@ def test_positions_and_heads_pick_rows_of_the_whole(pair):
         "layers.1.attn.k_rot[head=1]": expected["layers.1.attn.k_rot"][rows, 1],
         "logits": expected["logits"][[3, len(PROMPT) - 1]],
         "layers.0.attn.scores[head=2,key=4]": expected["layers.0.attn.scores"][rows, 2, 4]})
+
+
+def test_the_largest_are_picked_with_their_ids(pair, monkeypatch):
+    _, model, _, expected = pair
+    monkeypatch.setattr(plan_tap, "_ROWS", 3)  # so that a step's rows are read in several pieces
+    plan = TracePlan(("layers.*.lens[top=4]", Capture("logits[top=181]", [-1, 2])), [0, 3, 4, 9, 40])
+    values = run(small_engine(model, step_tokens=30), [request("x", PROMPT, plan, NEW)])["x"][1]
+    wanted = {f"layers.{layer}.lens[top=4]": expected[f"layers.{layer}.lens"][[0, 3, 4, 9, 40]].topk(4)
+              for layer in range(2)} | {"logits[top=181]": expected["logits"][[2, 40]].topk(181)}
+    assert values.keys() == wanted.keys()
+    for name, (largest, ids) in wanted.items():
+        assert torch.equal(values[name][..., 0].long(), ids)
+        assert difference(values[name][..., 1], largest) < 5e-5
 
 
 def test_wrong_guesses_and_preemptions_leave_no_trace_in_a_trace(pair):
@@ -94,6 +108,15 @@ def test_who_shares_a_step_with_a_traced_request_is_not_affected(pair, plan):
     assert all(plain[one.id][0] == beside[one.id][0] for one in others)
 
 
+def test_who_is_traced_in_the_same_step_has_other_values(pair):
+    theirs, model, _, expected = pair
+    site, other = "layers.1.resid_post", random_ids(33, 8)
+    requests = [request("other", other, TracePlan((site,)), 1), request("mine", PROMPT, TracePlan((site,)), NEW)]
+    found = run(small_engine(model, step_tokens=24), requests)
+    assert difference(found["mine"][1][site], expected[site]) < 5e-5
+    assert difference(found["other"][1][site], Hooked(theirs).run(other)[site]) < 5e-5
+
+
 def _events(engine, requests, more):
     for one in requests + more:
         engine.submit(one)
@@ -110,7 +133,11 @@ REFUSED = [
     (TracePlan(("layers.*.attn.v[head=2]",)), "layers.0.attn.v has heads 0 to 1, and no head 2"),
     (TracePlan(("embed[head=0]",)), r"embed has no heads to choose from; its shape is \[hidden_size\]"),
     (TracePlan(("layers.0.attn.q[key=0]",)), "layers.0.attn.q has no key positions"),
-    (TracePlan(("layers.0.attn.q[dim=0]",)), "in brackets stand head=N, key=POSITION or both"),
+    (TracePlan(("layers.0.attn.q[dim=0]",)), "in brackets stand head=N, key=POSITION or both; or top=N"),
+    (TracePlan(("layers.*.mlp.act[top=3]",)), r"layers.0.mlp.act is not one number for each id.* \[intermediate_size\]"),
+    (TracePlan(("layers.1.lens[top=0]",)), "layers.1.lens: top is from 1 to the 181 ids there are, not 0"),
+    (TracePlan(("logits[top=182]",)), "logits: top is from 1 to the 181 ids there are, not 182"),
+    (TracePlan(("layers.1.lens[head=0]",)), "layers.1.lens has no heads"),
     (TracePlan(("logits",), 41), "position 41 is never computed: the prompt has 41 tokens"),
     (TracePlan(("logits",), -42), "position -1 is never computed"),
     (TracePlan(("logits",), slice(9, 9)), "the range 9:9 is empty"),
@@ -118,6 +145,7 @@ REFUSED = [
     (TracePlan(("embed", Capture("embed", 3))), r"capture\[1\]: embed is captured twice, at other positions"),
     (TracePlan(("embed", "logits"), max_bytes=10_000),
      r"capture\[1\]: with 'logits' the captures take 37,556 bytes, and max_bytes is 10,000"),
+    (TracePlan(("layers.*.lens[top=5]",), max_bytes=3279), "the captures take 3,280 bytes, and max_bytes is 3,279"),
 ]
 
 

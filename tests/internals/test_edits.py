@@ -55,6 +55,20 @@ def test_a_recomputed_value_scaled_by_one_changes_nothing_but_rounding(model, pl
     assert 0 < difference(logits, plain) < NEAR
 
 
+def test_what_is_only_read_is_passed_over_by_edits_of_a_whole_layer(model, plain):
+    trace = captured(model, IDS, ["layers.1.lens"], [Scale("layers.1.*", 1), Zero("layers.1.mlp_out")])
+    assert difference(trace["layers.1.lens"], logits_of(model, IDS, [Zero("layers.1.mlp_out")]).log_softmax(-1)) < NEAR
+    assert difference(trace["layers.1.lens"], plain.log_softmax(-1)) > 0.01
+    at_it = [Add("layers.1.resid_post", random_vector(48))]
+    trace = captured(model, IDS, ["layers.1.lens"], at_it)
+    assert difference(trace["layers.1.lens"], logits_of(model, IDS, at_it).log_softmax(-1)) < NEAR
+    everything = captured(model, IDS, ["layers.*.resid_post", "layers.*.lens"])
+    edits = expanded([Patch("*", everything)], model.config, len(IDS))
+    assert difference(logits_of(model, IDS, edits), plain) < NEAR
+    with pytest.raises(PlanError, match="layers.0.lens is only read"):
+        expanded([Patch("layers.0.lens", everything)], model.config, len(IDS))
+
+
 def test_replacing_a_value_by_itself_changes_no_bit(model, plain):
     trace = captured(model, IDS, ["layers.1.mlp.act", "layers.0.attn.k_rot"])
     assert torch.equal(logits_of(model, IDS, expanded([Patch("*", trace)], model.config, len(IDS))), plain)
@@ -105,7 +119,7 @@ def test_a_patch_of_all_that_a_layer_hands_on_is_the_other_run(model):
 
 def test_a_patch_takes_from_where_it_is_told(model):
     other = captured(model, OTHER, ["embed"])
-    edits = expanded([Patch("embed", other, positions=[2, -1], from_positions=[9, 0])], model.config, len(IDS))
+    edits = expanded([Patch("embed", other, positions=[-1, 2], from_positions=[0, 9])], model.config, len(IDS))
     changed = IDS[:2] + [OTHER[9]] + IDS[3:-1] + [OTHER[0]]
     assert difference(logits_of(model, IDS, edits), logits_of(model, changed)) < NEAR
 
@@ -181,6 +195,9 @@ def test_json_that_is_no_plan_is_refused_by_field(raw, sentence):
     (Add("embed", [1.0, 2.0]), r"the vector's shape is \[2\]; embed takes one number, or \[48\]"),
     (Replace("layers.0.attn.q[head=1]", torch.zeros(3, 16), [1, 2]), r"one number, or \[16\], or \[2, 16\], a row for"),
     (Replace("layers.0.attn.pattern", [0.0, 1.0]), "is as long as its context is: give one number"),
+    (Zero("layers.*.lens"), r"edits\[0\].site: layers.0.lens is only read, and nothing follows from it; change "
+                            "layers.0.resid_post, of which it is made"),
+    (Zero("logits[top=3]"), r"logits\[top=3\]: top is for captures; what changes is logits as a whole"),
     (Zero("layers.0.nothing"), "matches no site"), (Zero("embed", 23), "position 23 is never computed")])
 def test_an_edit_that_cannot_be_made_is_refused(model, edit, sentence):
     with pytest.raises(PlanError, match=sentence):

@@ -6,7 +6,7 @@ import torch
 from llama.internals.gradients import gradients
 from llama.internals.lens import (ATTRIBUTION_SITES, LENS_SITES, attribute, induction_scores, logit_lens, norms,
                                   previous_token_scores)
-from llama.internals.trace import Add, Scale, Trace, TraceError, TracePlan, Zero
+from llama.internals.trace import Add, PlanError, Scale, Trace, TraceError, TracePlan, Zero
 from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
 from tests.internals.traced import logits_of, random_vector, request, run, small_engine
@@ -47,6 +47,15 @@ def test_the_logit_lens_is_norm_and_head_on_transformers_hidden_states(model, th
         assert table.next_logprobs[row, -1].isnan()
         assert difference(table.entropy[row], torch.distributions.Categorical(logits=logprobs).entropy()) < 1e-4
     assert table.names == ("embed", "layers.0.resid_post", "layers.1.resid_post")
+
+
+def test_the_lens_site_is_the_lens_table(model, trace):
+    table = logit_lens(model, trace, k=3)
+    _, values = run(small_engine(model), [request("x", IDS, TracePlan(("layers.*.lens[top=3]",)))])["x"]
+    for row, layer in ((1, 0), (2, 1)):
+        ids, logprobs = values[f"layers.{layer}.lens[top=3]"].unbind(dim=-1)
+        assert torch.equal(ids.long(), table.ids[row])
+        assert difference(logprobs, table.logprobs[row]) < 1e-5
 
 
 def test_a_tuned_lens_translates_first(model, theirs, trace):
@@ -142,6 +151,12 @@ def test_a_gradient_is_that_of_the_edited_run(model):
     assert value == pytest.approx(logits_of(model, IDS, edits)[-1, 5].item(), abs=1e-4)
     slope = (found["layers.0.resid_post"][7] @ direction).item()
     assert abs(slope) > 0.01 and (up - down) / (2 * step) == pytest.approx(slope, rel=0.02, abs=1e-2)
+
+
+def test_there_is_no_gradient_of_what_nothing_follows_from(model):
+    with pytest.raises(PlanError, match="layers.1.lens is only read"):
+        gradients(model, IDS, ["layers.1.lens"], 5)
+    assert "layers.1.lens" not in gradients(model, IDS, ["layers.1.*"], 5)[1]
 
 
 @pytest.mark.parametrize("site", ["layers.0.attn.pattern", "layers.1.attn.head_out", "layers.0.attn.scores",

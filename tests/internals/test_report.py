@@ -144,6 +144,20 @@ def test_the_page_is_dark_in_the_dark_and_light_on_paper(browser, traced, tmp_pa
     assert colours == {"light": "rgb(255, 255, 255)", "dark": "rgb(19, 20, 22)", "print": "rgb(255, 255, 255)"}
 
 
+def test_on_paper_nothing_of_the_lens_is_cut_off(browser, traced, tmp_path):
+    (tmp_path / "page.html").write_text(html(traced[1]), "utf-8")
+    browser.emulate(width=720, height=1000, scheme="light")  # as wide as what is printed on a sheet
+    browser.devtools("Emulation.setEmulatedMedia", media="")
+    browser.open(f"file://{tmp_path}/page.html")
+    names = """return [...document.querySelectorAll("table.lens")].filter((one) => one.checkVisibility())
+        .map((one) => [...one.rows[0].cells].slice(1).map((cell) => cell.textContent))"""
+    [whole] = browser.run(names)
+    browser.devtools("Emulation.setEmulatedMedia", media="print", features=[])
+    bands = browser.run(names)
+    assert len(bands) > 3 and sum(bands, []) == whole and len(whole) == len(traced[0].ids) - 1
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_the_page_is_made_by_the_command(tmp_path, capsys):
     out = tmp_path / "out.html"
     assert main(["trace", "What is 17 + 25?", "--chat", "--max-tokens", "12", "--html", str(out)]) == 0

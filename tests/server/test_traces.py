@@ -2,12 +2,16 @@
 
 import json
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
 from llama import Add, SamplingParams
+from llama.engine.request import TraceEvent
+from llama.internals.lens import LENS_SITES, logit_lens
+from llama.internals.trace import TracePlan
 from llama.runtime import Llama
 from server import traces
 from server.errors import ApiError
@@ -70,6 +74,37 @@ def test_small_captures_stand_in_the_reply(server, llm):
         seen = np.isfinite(wanted)
         assert np.array_equal(seen, np.isfinite(values)) and np.abs(values - wanted)[seen].max() < 1e-3
     assert len(answer["x_trace"]["sites"]) == 2
+
+
+def test_the_lens_comes_with_texts_and_is_what_the_layers_would_have_said(server, llm):
+    begun = [*SUM, {"role": "assistant", "content": "17 + 25 ="}]
+    status, answer = chat(server, {"capture": ["layers.*.lens[top=3]"], "positions": -1}, messages=begun, max_tokens=1,
+                          add_generation_prompt=False, continue_final_message=True)
+    ids = llm.template.encode(llm.tokenizer, begun, add_generation_prompt=False, continue_final_message=True)
+    trace = llm.trace(ids, LENS_SITES, -1)
+    table = logit_lens(llm.model, trace, 3)
+    sites = answer["x_trace"]["sites"]
+    assert status == 200 and len(sites) == llm.config.num_layers
+    for layer in range(llm.config.num_layers):
+        site = sites[f"layers.{layer}.lens[top=3]"]
+        assert site["shape"] == [1, 3, 2]
+        ids, logprobs = np.array(site["values"][0]).T
+        assert ids.tolist() == table.ids[layer + 1, 0].tolist()
+        assert np.abs(logprobs - table.logprobs[layer + 1, 0].numpy()).max() < 1e-3
+        assert site["tokens"] == [[llm.tokenizer.token_bytes(int(one)).decode() for one in ids]]
+    assert site["tokens"][0][0] == answer["choices"][0]["message"]["content"] == " "
+
+
+def test_an_id_without_a_text_has_null(llm):
+    served = SimpleNamespace(config=llm.config, tokenizer=llm.tokenizer, vocab_size=llm.config.vocab_size - 1,
+                             max_context=99)
+    params = SamplingParams(max_tokens=1)
+    call = SimpleNamespace(trace=TracePlan(("logits[top=2]",)), prompts=[(1, 2)], params=params)
+    event = TraceEvent("x", "logits[top=2]", (0, 1), np.array([[[65, 1], [66, 0]]] * 2, dtype=np.float32))
+    event.values[1, 0, 0] = llm.config.vocab_size - 1
+    site = traces.reply(call, served, [event], 1, TraceStore())["sites"]["logits[top=2]"]
+    texts = [llm.tokenizer.token_bytes(one).decode() for one in (65, 66)]
+    assert site["tokens"] == [texts, [None, texts[1]]]
 
 
 def test_large_captures_are_fetched_by_id(server, llm):
