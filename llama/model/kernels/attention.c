@@ -4,13 +4,12 @@
 // which a thread computes by itself; then the parts are joined by their softmax sums (arXiv:2205.14135). So the result
 // is the same bits whatever else is computed beside it, on however many threads.
 
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
+
 #define UNROLL _Pragma("GCC unroll 4")  // so that the sums stay in registers
 
 enum { BF16, INT8 };  // what the cache holds
@@ -40,10 +39,6 @@ int64_t attention_scratch(const Attention *a) {
     return parts * part_floats(a) + a->threads * thread_floats(a);
 }
 
-INLINE __m512 from_bf16(const uint16_t *at) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
-}
-
 // 16 elements of a head in a slot, without their scale.
 INLINE __m512 cached(const void *cache, int64_t at, int kind) {
     if (kind == BF16) return from_bf16((const uint16_t *)cache + at);
@@ -53,17 +48,6 @@ INLINE __m512 cached(const void *cache, int64_t at, int kind) {
 INLINE void fetch(const Attention *a, const void *cache, int32_t slot, int kind) {
     int64_t bytes = a->num_kv_heads * a->head_dim * (kind == BF16 ? 2 : 1);
     for (int64_t j = 0; j < bytes; j += 64) _mm_prefetch((const char *)cache + slot * bytes + j, _MM_HINT_T1);
-}
-
-// e to the power of each, for values up to 0: 2 to the power of n + f, the latter by a polynomial, to an ulp or two.
-// Below e**-80 it is 0: what would come of it is too small to be a normal number, and those are slow.
-INLINE __m512 exponential(__m512 x) {
-    __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    __m512 n = _mm512_roundscale_ps(t, 0), f = _mm512_mul_ps(_mm512_sub_ps(t, n), _mm512_set1_ps(0.693147181f));
-    const float factors[] = {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
-    __m512 sum = _mm512_set1_ps(factors[0]);
-    for (int i = 1; i < 7; i++) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(factors[i]));
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-80.0f), _CMP_GT_OQ), sum, n);
 }
 
 // The sums of four vectors.
@@ -136,8 +120,10 @@ INLINE void soften(float *scores, int64_t count, float factor, float *largest, f
     }
     *largest = _mm512_reduce_max_ps(most);
     for (int64_t i = 0; i < count; i += LANES) {
-        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(*largest)));
-        weight = _mm512_maskz_mov_ps(count - i < LANES ? (1 << (count - i)) - 1 : 0xffff, weight);
+        __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(*largest));
+        // Less than e**-80 is nothing: what would come of it is too small to be a normal number, and those are slow.
+        __m512 weight = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(below, _mm512_set1_ps(-80.0f), _CMP_GT_OQ),
+                                            exponential(below));
         _mm512_storeu_ps(scores + i, weight);
         sum = _mm512_add_ps(sum, weight);
     }
@@ -236,7 +222,7 @@ static void join(const Attention *a, int64_t query, const float *parts) {
                 sum = _mm512_fmadd_ps(mixed, _mm512_set1_ps(expf(part[h] - largest) / total), sum);
             }
             uint16_t *out = a->out + (a->rows[query] * a->num_heads + h) * a->head_dim + d;
-            _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(sum));
+            to_bf16(out, sum);
         }
     }
 }

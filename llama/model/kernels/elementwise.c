@@ -1,21 +1,15 @@
 // What lies between the products, row by row, on bfloat16: each computes what llama/model/elementwise.py defines, in one
 // pass over the row instead of many. Rounded to bfloat16 where the definition is; a row's bits depend on the row alone.
 
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
+
 #define EACH_ROW(rows) _Pragma("omp parallel for num_threads(threads) if (rows > 8)") for (int64_t row = 0; row < rows; row++)
 
-INLINE __m512 load(const uint16_t *at) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
-}
-
-INLINE __m256i to_bf16(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
-INLINE void store(uint16_t *at, __m512 values) { _mm256_storeu_si256((__m256i *)at, to_bf16(values)); }
 INLINE __m512 rounded(__m512 values) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(values)), 16));
+    __m512i halves = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16));
 }
 
 // scale[row] = 1 / sqrt(mean(x²) + eps)
@@ -23,7 +17,7 @@ void norm_scale(const uint16_t *x, float *scale, int64_t rows, int64_t size, flo
     EACH_ROW(rows) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < size; k += 16) {
-            __m512 value = load(x + row * size + k);
+            __m512 value = from_bf16(x + row * size + k);
             sum = _mm512_fmadd_ps(value, value, sum);
         }
         scale[row] = 1 / sqrtf(_mm512_reduce_add_ps(sum) / size + eps);
@@ -35,29 +29,18 @@ void normalise(const uint16_t *x, const float *scale, const uint16_t *weight, ui
                int threads) {
     EACH_ROW(rows)
         for (int64_t k = 0; k < size; k += 16) {
-            __m512 scaled = rounded(_mm512_mul_ps(load(x + row * size + k), _mm512_set1_ps(scale[row])));
-            store(y + row * size + k, _mm512_mul_ps(load(weight + k), scaled));
+            __m512 scaled = rounded(_mm512_mul_ps(from_bf16(x + row * size + k), _mm512_set1_ps(scale[row])));
+            to_bf16(y + row * size + k, _mm512_mul_ps(from_bf16(weight + k), scaled));
         }
-}
-
-// e to the power of each, to an ulp or two: 2 to the power of n + f, the latter by a polynomial.
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-    __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    __m512 n = _mm512_roundscale_ps(t, 0), f = _mm512_mul_ps(_mm512_sub_ps(t, n), _mm512_set1_ps(0.693147181f));
-    const float factors[] = {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
-    __m512 sum = _mm512_set1_ps(factors[0]);
-    for (int i = 1; i < 7; i++) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(factors[i]));
-    return _mm512_scalef_ps(sum, n);
 }
 
 // y = silu(gate) · up, whose rows are `stride` apart
 void swiglu(const uint16_t *gate, const uint16_t *up, uint16_t *y, int64_t rows, int64_t size, int64_t stride, int threads) {
     EACH_ROW(rows)
         for (int64_t k = 0; k < size; k += 16) {
-            __m512 g = load(gate + row * stride + k);
+            __m512 g = from_bf16(gate + row * stride + k);
             __m512 silu = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-            store(y + row * size + k, _mm512_mul_ps(rounded(silu), load(up + row * stride + k)));
+            to_bf16(y + row * size + k, _mm512_mul_ps(rounded(silu), from_bf16(up + row * stride + k)));
         }
 }
 
@@ -69,9 +52,9 @@ void rotate(const uint16_t *x, const float *cos, const float *sin, uint16_t *y, 
             for (int64_t k = 0; k < half; k += 16) {
                 const uint16_t *from = x + row * stride + head * 2 * half + k;
                 uint16_t *to = y + (row * heads + head) * 2 * half + k;
-                __m512 first = load(from), second = load(from + half);
+                __m512 first = from_bf16(from), second = from_bf16(from + half);
                 __m512 c = _mm512_loadu_ps(cos + row * half + k), s = _mm512_loadu_ps(sin + row * half + k);
-                store(to, _mm512_sub_ps(_mm512_mul_ps(first, c), _mm512_mul_ps(second, s)));
-                store(to + half, _mm512_add_ps(_mm512_mul_ps(second, c), _mm512_mul_ps(first, s)));
+                to_bf16(to, _mm512_sub_ps(_mm512_mul_ps(first, c), _mm512_mul_ps(second, s)));
+                to_bf16(to + half, _mm512_add_ps(_mm512_mul_ps(second, c), _mm512_mul_ps(first, s)));
             }
 }

@@ -7,12 +7,10 @@
 // A row of y is the same bits whatever other rows are computed beside it, by either kernel for the integer formats:
 // sums run in the order of the columns, and integer sums are exact.
 
-#include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
 enum { BF16, INT8, INT4 };  // formats of W
 enum { VECTORS, TILES };    // kernels
@@ -72,11 +70,8 @@ int64_t scratch_bytes(const Product *p) {
 
 INLINE __m512 load16(const Product *p, int64_t at) {
     if (p->x_wide) return _mm512_loadu_ps((const float *)p->x + at);
-    __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)p->x + at));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    return from_bf16((const uint16_t *)p->x + at);
 }
-
-INLINE __m256i to_bf16(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 
 // A group of one row as int8 times a scale, so that its largest element is 127 or -127.
 INLINE void quantise(const Product *p, const Input *in, int64_t row, int64_t group, int64_t length) {
@@ -101,7 +96,7 @@ INLINE void quantise(const Product *p, const Input *in, int64_t row, int64_t gro
 static void prepare_row(const Product *p, const Input *in, int64_t row) {
     if (p->format == BF16)
         for (int64_t k = 0; k < p->ins; k += 16)
-            _mm256_storeu_si256((__m256i *)(in->x + row * in->stride + 2 * k), to_bf16(load16(p, row * p->ins + k)));
+            to_bf16((uint8_t *)in->x + row * in->stride + 2 * k, load16(p, row * p->ins + k));
     else if (p->format == INT8)
         quantise(p, in, row, 0, p->ins);
     else
@@ -115,7 +110,7 @@ INLINE void put(const Product *p, int64_t row, int64_t block, __m512 values) {
     if (p->y_wide)
         _mm512_storeu_ps((float *)p->y + at, values);
     else
-        _mm256_storeu_si256((__m256i *)((uint16_t *)p->y + at), to_bf16(values));
+        to_bf16((uint16_t *)p->y + at, values);
 }
 
 INLINE void ahead(const uint8_t *from) { _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0); }

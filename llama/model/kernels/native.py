@@ -23,6 +23,7 @@ from llama.model.formats import BLOCK_ROWS, INT4, Format
 from llama.model.ragged import Queries
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "pack.c", "attention.c", "elementwise.c"))
+HEADER = Path(__file__).with_name("vectors.h")
 REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16")
 # Without contraction: what a definition multiplies and then adds is rounded twice here too.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -195,7 +196,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _build() -> Path:
     """The shared library for this source, compiler and processor, compiled if it is not in the cache."""
-    parts = (*(source.read_text() for source in SOURCES), _compiler() or "", " ".join(_FLAGS), _processor(), torch.__version__)
+    parts = (*(source.read_text() for source in (*SOURCES, HEADER)), _compiler() or "", " ".join(_FLAGS), _processor(),
+             torch.__version__)
     name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     target = _cache() / name
     if not target.exists():
