@@ -9,8 +9,8 @@ from llama.config import LlamaConfig
 
 # How a checkpoint is loaded for each, and the bits that a weight then takes at most.
 FORMATS: dict[str, tuple[dict[str, Any], float]] = {
-    "float32": ({"dtype": "float32"}, 32), "bf16": ({"dtype": "bfloat16", "weights": "fastest"}, 16),
-    "int8": ({"dtype": "bfloat16", "weights": "int8"}, 9), "int4": ({"dtype": "bfloat16", "weights": "int4"}, 6)}
+    "float32": ({"dtype": "float32"}, 32), "bf16": ({"dtype": "bfloat16"}, 16),
+    "int8": ({"dtype": "bfloat16", "quantize": "int8"}, 9), "int4": ({"dtype": "bfloat16", "quantize": "int4"}, 6)}
 
 
 def ours(directory: Path, name: str, context: int) -> Entry:
