@@ -48,8 +48,8 @@ class Ours:
         from llama.engine.engine import BLOCK_SIZE, Engine
         from llama.engine.limits import Limits
 
-        self._model = load_model(directory, dtype=options["dtype"], weights=options.get("quantize") or "fastest",
-                                 progress=False)
+        weights = options.get("quantize") or "fastest"
+        self._model = load_model(directory, dtype=options.get("dtype"), weights=weights, progress=False)
         self._engine = Engine(self._model, Limits(max_context=context, max_running=1), context // BLOCK_SIZE + 2)
 
     def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
