@@ -63,6 +63,7 @@ class _Server:
         self._was_ready = False
 
     def run(self) -> int:
+        """Serve until a signal or a failure ends it; the exit status."""
         model = self._front.settings.spec.model or "the demo model"
         try:
             # The system may give a signal to any thread, and the main one would sleep on.

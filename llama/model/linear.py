@@ -99,8 +99,7 @@ class PackedLinear(nn.Module):
 
     def store(self, first_row: int, weight: Tensor) -> None:
         """Set rows from `first_row` on: whole blocks, in any float dtype."""
-        packed = self.format.pack(weight) if native.library() is None else native.pack(weight, self.format)
-        blocks, scale = packed
+        blocks, scale = self.format.pack(weight) if native.library() is None else native.pack(weight, self.format)
         first = first_row // BLOCK_ROWS
         self.blocks[first:first + len(blocks)].copy_(blocks)
         if scale is not None:

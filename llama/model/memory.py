@@ -1,5 +1,5 @@
 """Memory that is read whole at every step, in pages of two megabytes: the processor then looks up one address for what
-would be 512, and reads up to a tenth faster (benchmarks/README.md)."""
+would be 512, and reads a tenth to a third faster (benchmarks/README.md)."""
 
 import ctypes
 import functools
