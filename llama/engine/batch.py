@@ -6,7 +6,10 @@ import numpy as np
 import torch
 
 from llama.engine.step import Scheduled
-from llama.model.ragged import RaggedBatch, Segment, block_slots, slot_runs
+from llama.model.ragged import PagedQueries, RaggedBatch, Segment, block_slots, slot_runs
+
+# On a GPU, segments of so many tokens are decodes: one token, or with the guesses after it.
+LONGEST_DECODE = 16
 
 
 def ragged_batch(scheduled: Ordered[Scheduled], block_size: int, device: torch.device) -> RaggedBatch:
@@ -25,7 +28,27 @@ def ragged_batch(scheduled: Ordered[Scheduled], block_size: int, device: torch.d
         segments=tuple(segments),
         slots=torch.from_numpy(np.concatenate(slots)).to(device),
         logit_rows=torch.tensor(_logit_rows(scheduled), dtype=torch.int64, device=device),
+        paged=None if device.type == "cpu" else paged_queries(scheduled, block_size, device),
     )
+
+
+def paged_queries(scheduled: Ordered[Scheduled], block_size: int, device: torch.device) -> PagedQueries | None:
+    """The tokens of segments that are no longer than LONGEST_DECODE; None if there are none."""
+    rows, tables, lengths, first = [], [], [], 0
+    for item in scheduled:
+        end = item.start + item.length
+        if item.length <= LONGEST_DECODE:
+            rows += range(first, first + item.length)
+            lengths += range(item.start + 1, end + 1)
+            tables += [item.sequence.table[:-(-end // block_size)]] * item.length
+        first += item.length
+    if not rows:
+        return None
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for line, table in zip(padded, tables):
+        line[:len(table)] = table
+    parts = (np.asarray(rows, dtype=np.int32), padded, np.asarray(lengths, dtype=np.int32))
+    return PagedQueries(*(torch.from_numpy(part).to(device) for part in parts), block_size, LONGEST_DECODE)
 
 
 def _logit_rows(scheduled: Ordered[Scheduled]) -> list[int]:

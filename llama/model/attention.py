@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama.model.cache import KVCache
 from llama.model.kernels import native
-from llama.model.ragged import RaggedBatch, Segment
+from llama.model.ragged import PagedQueries, RaggedBatch, Segment
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -30,6 +30,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("kgqc,ckd->qkgd", pattern, v.float()).reshape(q.shape).to(q.dtype)
 
 
+def paged_attend(q: Tensor, cache: KVCache, layer: int, paged: PagedQueries) -> Tensor:
+    """`attend` of tokens that each have a context of their own: q [queries, num_heads, head_dim], those that `paged` names,
+    over the cache by its tables. Returns q's shape and dtype; scores and softmax are float32."""
+    positions = torch.arange(paged.tables.shape[1] * paged.block_size, device=q.device)
+    slots = paged.tables[:, positions // paged.block_size] * paged.block_size + positions % paged.block_size
+    k, v = (part.float() for part in cache.gather(layer, slots))  # [queries, positions, num_kv_heads, head_dim]
+    grouped = q.unflatten(1, (k.shape[2], -1)).float()  # [queries, num_kv_heads, group, head_dim]
+    unseen = positions >= paged.lengths[:, None]  # [queries, positions]
+    scores = torch.einsum("qkgd,qpkd->qkgp", grouped, k) / math.sqrt(q.shape[2])
+    pattern = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(dim=-1)
+    v = v.masked_fill(unseen[..., None, None], 0)  # what nobody has written yet may be anything, and 0 · NaN is NaN
+    return torch.einsum("qkgp,qpkd->qkgd", pattern, v).reshape(q.shape).to(q.dtype)
+
+
 def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache | None,
                      layer: int, deterministic: bool = False) -> Tensor:
     """Every segment's queries over its own context.
@@ -41,6 +55,9 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     if cache is None:
         return _self_attention(q, k, v, batch)
     out = torch.empty_like(q)
+    longest = 0 if batch.paged is None else batch.paged.longest
+    if batch.paged is not None:
+        out[batch.paged.rows] = paged_attend(q[batch.paged.rows], cache, layer, batch.paged)
     decodes = (batch.each if deterministic else batch.decodes) if _has_kernel(q, cache) else None
     if decodes is not None:
         native.attention(q, out, cache, layer, decodes)
@@ -50,7 +67,7 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     for segment in batch.segments:
         rows = slice(first, first + segment.length)
         first = rows.stop
-        if decodes is not None and segment.length == 1:
+        if segment.length <= longest or (decodes is not None and segment.length == 1):
             continue
         if deterministic or q.device.type != "cpu":
             context = [part[0] if len(part) == 1 else torch.cat(part)

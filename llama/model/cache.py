@@ -46,6 +46,14 @@ class KVCache:
         return ((keys * self.key_scales[layer, first:last, :, None]).to(self.dtype),
                 (values * self.value_scales[layer, first:last, :, None]).to(self.dtype))
 
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values in these slots, in any order: each slots' shape + [num_kv_heads, head_dim]."""
+        keys, values = self.keys[layer, slots], self.values[layer, slots]
+        if self.key_scales is None:
+            return keys, values
+        return ((keys * self.key_scales[layer, slots][..., None]).to(self.dtype),
+                (values * self.value_scales[layer, slots][..., None]).to(self.dtype))
+
     def copy_block(self, source: int, target: int) -> None:
         """Duplicate one block in all layers: the copy of copy-on-write."""
         for tensor in (self.keys, self.values, self.key_scales, self.value_scales):

@@ -45,12 +45,30 @@ class Queries:
 
 
 @dataclass(frozen=True)
+class PagedQueries:
+    """Some tokens of a step, and where the keys that each may see lie, as tensors of one shape whatever the contexts are:
+    what a GPU reads, and what a captured graph can be given anew.
+
+    rows: [queries], int32, their places among the step's tokens. tables: [queries, blocks], int32, each one's block
+    table; what stands beyond its context is not looked at. lengths: [queries], int32, how many positions each sees.
+    block_size: positions of a block. longest: every token of segments no longer than this is among them.
+    """
+
+    rows: Tensor
+    tables: Tensor
+    lengths: Tensor
+    block_size: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class RaggedBatch:
     """The tokens of one step.
 
     ids, positions: [tokens], int64. slots: [tokens], int64, where in the cache each token's key and value are
     written; None without a cache. segments: one per sequence, in the order of its tokens. logit_rows: [rows],
-    int64, the tokens whose next-token logits are wanted; None for all.
+    int64, the tokens whose next-token logits are wanted; None for all. paged: on a GPU, the tokens of short segments; if
+    these are all, `segments` may be empty.
     """
 
     ids: Tensor
@@ -58,6 +76,7 @@ class RaggedBatch:
     segments: tuple[Segment, ...]
     slots: Tensor | None = None
     logit_rows: Tensor | None = None
+    paged: PagedQueries | None = None
 
     @classmethod
     def whole(cls, ids: Tensor) -> "RaggedBatch":
@@ -69,7 +88,6 @@ class RaggedBatch:
         count, length = rows.shape
         positions = torch.arange(length, device=ids.device).repeat(count)
         return cls(rows.reshape(-1), positions, (Segment(0, length),) * count)
-
 
     @cached_property
     def decodes(self) -> Queries | None:

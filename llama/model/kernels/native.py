@@ -2,7 +2,7 @@
 
 Without a compiler, or on a processor without the instructions, `library` gives None and `why_not` says why: the
 definitions in PyTorch then do the work. LLAMA_KERNELS=torch in the environment asks for that, LLAMA_KERNELS=vectors for
-kernels that leave the matrix unit alone.
+kernels that leave the matrix unit alone, LLAMA_KERNELS=triton for those of `llama.model.kernels.gpu` instead.
 """
 
 import ctypes
@@ -168,8 +168,8 @@ def why_not() -> str | None:
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled kernels, or why there are none."""
-    if os.environ.get("LLAMA_KERNELS") == "torch":
-        return None, "LLAMA_KERNELS=torch in the environment asks for none"
+    if (wanted := os.environ.get("LLAMA_KERNELS")) in ("torch", "triton"):
+        return None, f"LLAMA_KERNELS={wanted} in the environment asks for none"
     missing = [name for name in REQUIRED if name not in _processor().split()]
     if platform.machine() != "x86_64" or missing:
         return None, f"the processor lacks {', '.join(missing) or 'x86-64'}"
