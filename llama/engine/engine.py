@@ -38,14 +38,15 @@ class Engine:
     """One model, one cache, any number of requests. Not thread-safe: one caller submits, cancels and steps.
 
     num_blocks: size of the KV cache, in blocks of BLOCK_SIZE positions. eos_token_ids: what ends a turn.
-    compiler: of grammars; without one, requests must have none. int8_cache: keep keys and values as int8.
+    compiler: of grammars; without one, requests must have none. kv_cache_dtype: "int8" or "fp8" keeps keys and
+    values so.
     """
 
     def __init__(self, model: Llama, limits: Limits, num_blocks: int, eos_token_ids: Iterable[int] = (),
                  proposer: Proposer | None = None, prefix_sharing: bool = True, compiler: Compiler | None = None,
-                 int8_cache: bool = False):
+                 kv_cache_dtype: str | None = None):
         self.model = model
-        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device, int8_cache)
+        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device, kv_cache_dtype)
         pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(limits, pool, tuple(eos_token_ids), proposer, prefix_sharing)
         self._compilation = None if compiler is None else Compilation(compiler)

@@ -81,8 +81,8 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
 
 def _has_kernel(q: Tensor, cache: KVCache) -> bool:
     """Whether the compiled kernel computes decodes of this kind. It reads the cache once, as fast as memory gives it."""
-    return q.device.type == "cpu" and q.dtype == cache.dtype == torch.bfloat16 and q.shape[2] % 32 == 0 \
-        and native.library() is not None
+    return q.device.type == "cpu" and q.dtype == cache.dtype == torch.bfloat16 and cache.quantised != "fp8" \
+        and q.shape[2] % 32 == 0 and native.library() is not None
 
 
 def _self_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch) -> Tensor:

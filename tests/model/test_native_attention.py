@@ -29,7 +29,7 @@ def step(shape, contexts, int8, lengths=None, scattered=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     config = LlamaConfig(1, 1, 1, 1, heads, kv_heads, head_dim, 1, 1e4, None, 1e-5, False)
     places = torch.randperm(sum(contexts), generator=generator) if scattered else torch.arange(sum(contexts))
-    cache = KVCache(config, sum(contexts), 1, torch.bfloat16, int8=int8)
+    cache = KVCache(config, sum(contexts), 1, torch.bfloat16, quantised="int8" if int8 else None)
     segments, kept, first = [], [], 0
     for context, length in zip(contexts, lengths or [1] * len(contexts)):
         slots = places[first:first + context]
@@ -110,7 +110,7 @@ CONFIG = LlamaConfig(8, 24, 8, 3, 4, 2, 6, 64, 1e4, None, 1e-5, False)
 
 
 def test_int8_keys_and_values_are_read_as_they_were_rounded_and_copied_whole():
-    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, int8=True)
+    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, quantised="int8")
     k, v = torch.randn(2, 4, 2, 6).bfloat16()
     k[1, 0] = 0
     cache.write(1, torch.arange(4, 8), k, v)
@@ -123,9 +123,9 @@ def test_int8_keys_and_values_are_read_as_they_were_rounded_and_copied_whole():
 
 
 def test_int8_takes_the_bytes_that_the_configuration_says():
-    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, int8=True)
+    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, quantised="int8")
     tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    assert sum(tensor.nbytes for tensor in tensors) == 5 * 4 * CONFIG.kv_bytes_per_token("int8")
+    assert sum(tensor.nbytes for tensor in tensors) == (5 + 1) * 4 * CONFIG.kv_bytes_per_token("int8")
 
 
 def test_the_demo_answers_from_int8_keys_and_values_however_it_comes_by_them():
@@ -135,7 +135,7 @@ def test_the_demo_answers_from_int8_keys_and_values_however_it_comes_by_them():
     assert [llm.chat(messages).text for _ in range(2)] == ["17 + 25 = 42."] * 2  # the second time from the prefix cache
     ids = llm.encode_chat(messages)
     greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0, max_tokens=12)
-    engine = Engine(llm.model, Limits(max_context=256, step_tokens=7), 256 // BLOCK_SIZE, (), int8_cache=True)
+    engine = Engine(llm.model, Limits(max_context=256, step_tokens=7), 256 // BLOCK_SIZE, (), kv_cache_dtype="int8")
     engine.submit(Request("chunks", tuple(ids), greedy))
     drawn = []
     while engine.has_work:
