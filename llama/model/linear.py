@@ -67,6 +67,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, fmt: Format):
         super().__init__()
+        self.shape = out_features, in_features
         self.format = fmt
         self.dtype = dtype
         blocks = torch.empty(out_features // BLOCK_ROWS, fmt.block_bytes(in_features), dtype=torch.uint8)
