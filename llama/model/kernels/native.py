@@ -28,6 +28,7 @@ REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx51
 # Without contraction: what a definition multiplies and then adds is rounded twice here too.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 VECTORS, TILES = 0, 1
+_PACKED_KINDS = (torch.float32, torch.bfloat16, torch.float16)  # as pack.c counts them
 LANES = 16
 # From so many rows on, int4's tiles are ahead of its vectors (benchmarks/README.md); in the other formats they always are.
 INT4_TILE_ROWS = 17
@@ -94,15 +95,12 @@ def product(x: Tensor, blocks: Tensor, scale: Tensor | None, fmt: Format, *, wid
     return y
 
 
-def pack(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """`Format.pack` by the compiled kernel, in the calling thread alone. Only where `library()` is not None."""
-    rows, columns = weight.shape
-    weight = weight.float().contiguous()
-    blocks = torch.empty(rows // BLOCK_ROWS, fmt.block_bytes(columns), dtype=torch.uint8)
-    scale = torch.empty(rows) if fmt.has_scale else None
-    library().pack(fmt.code, weight.data_ptr(), rows, columns, blocks.shape[1], blocks.data_ptr(),
-                   None if scale is None else scale.data_ptr())
-    return blocks, scale
+def pack(weight: Tensor, fmt: Format, blocks: Tensor, scale: Tensor | None) -> None:
+    """`Format.pack` by the compiled kernel, in the calling thread alone, into blocks [rows / 16, block_bytes], uint8, and
+    scale [rows], float32. weight: [rows, columns], float32, bfloat16 or float16. Only where `library()` is not None."""
+    weight = weight.contiguous()
+    library().pack(fmt.code, _PACKED_KINDS.index(weight.dtype), weight.data_ptr(), *weight.shape, blocks.shape[1],
+                   blocks.data_ptr(), None if scale is None else scale.data_ptr())
 
 
 def serves(x: Tensor) -> bool:
@@ -187,7 +185,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         return None, f"what {_compiler()} makes cannot be kept or loaded: {error}"
     pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    for name, types in {"pack": (ctypes.c_int32, pointer, size, size, size, pointer, pointer),
+    for name, types in {"pack": (ctypes.c_int32, ctypes.c_int32, pointer, size, size, size, pointer, pointer),
                         "norm_scale": (pointer, pointer, size, size, ctypes.c_float, threads),
                         "normalise": (pointer, pointer, pointer, pointer, size, size, threads),
                         "swiglu": (pointer, pointer, pointer, size, size, size, threads),
