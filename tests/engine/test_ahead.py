@@ -17,9 +17,11 @@ from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import StepError, TokenEvent
 from llama.engine.step import Plan
-from tests.engine.recording import NoWaiting, NoWaitingOperators, RecordingDevice
+from server import isolate
+from tests.engine.recording import RecordingDevice, watch
 from tests.engine.running import TINY, alone, engine_of, run
 from tests.engine.simulation import request
+from tests.engine.test_constraint import Steps
 from tests.engine.test_engine import REQUESTS, assert_same
 from tests.model.pairs import hugging_face, ours, random_ids
 
@@ -58,23 +60,8 @@ def counts(monkeypatch):
 
 
 def ahead_engine(model, limits, num_blocks, counts, **chosen) -> Engine:
-    """An engine on such a device. Counts the steps ahead, and lets none of them wait, or fail unseen."""
-    device = RecordingDevice()
-    engine = engine_of(model, limits, num_blocks, device=device, **chosen)
-    launch = engine._run
-
-    def watched(plan):
-        if plan.follows is None:
-            return launch(plan)
-        counts["ahead"] += 1
-        try:
-            with NoWaiting(), NoWaitingOperators():
-                return launch(plan)
-        except AssertionError as error:
-            raise SystemExit(f"a step ahead: {error}") from error
-
-    engine._run = watched
-    return engine
+    """An engine on such a device, watched."""
+    return watch(engine_of(model, limits, num_blocks, device=RecordingDevice(), **chosen), counts)
 
 
 def of(plain, requests):
@@ -205,6 +192,16 @@ def test_the_books_know_what_is_in_flight(model, counts):
         engine.check()
 
 
+def test_nothing_is_ahead_of_a_grammar_and_it_is_followed_beside_others(model, counts):
+    chosen = [{"grammar": "steps", "temperature": 1.0}, {"max_tokens": 9, "ignore_eos": True}, {"grammar": "steps 5"},
+              {"max_tokens": 40, "ignore_eos": True}]
+    requests = [request(f"r{place}", random_ids(9, place), seed=place, logprobs=0, **{"max_tokens": 30, **one})
+                for place, one in enumerate(chosen)]
+    expected = run(engine_of(model, Limits(512), 60, compiler=Steps), requests)
+    assert_same(run(ahead_engine(model, Limits(512), 60, counts, compiler=Steps), requests), expected, requests)
+    assert 0 < counts["ahead"] < 32  # when the others have ended
+
+
 # ---- what goes wrong ----------------------------------------------------------------------------------------------
 
 
@@ -240,6 +237,37 @@ def test_nothing_is_lost_by_a_step_that_fails(model, plain, counts, monkeypatch,
     engine.step = persistent
     assert_same(run(engine, PLAIN), of(plain, PLAIN), PLAIN)
     assert sum(failures.values()) > 5 and (where == "landing" or failures["ahead"] > 2)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_is_at_fault_is_found_and_nobody_else_notices(model, counts, when):
+    """The step that fails is first one ahead."""
+    requests = [request(f"r{place}", random_ids(9 + place, place), max_tokens=20, ignore_eos=True, logprobs=0)
+                for place in range(5)]
+    expected = alone(model, requests).ids
+    engine = ahead_engine(model, Limits(512), 60, counts)
+    launch, events, culprits = engine._run, [], {}
+
+    def faulty(plan):
+        is_at_fault = any(item.sequence.request.id == "r2" and item.start > 17 for item in plan.scheduled)
+        if is_at_fault and when == "before":
+            raise Failure
+        launched = launch(plan)
+        if is_at_fault:
+            raise Failure
+        return launched
+
+    engine._run = faulty
+    for one in requests:
+        engine.submit(one)
+    while engine.has_work:
+        brought, found = isolate.step(engine)
+        events += brought
+        culprits |= found
+    ids = {one.id: [event.token_id for event in events if isinstance(event, TokenEvent) and event.request_id == one.id]
+           for one in requests}
+    assert culprits.keys() == {"r2"} and ids["r2"] == expected["r2", 0][:8]
+    assert all(ids[one.id] == expected[one.id, 0] for one in requests if one.id != "r2")
 
 
 def test_what_was_launched_on_a_token_that_the_host_draws_again_is_dropped(model, counts, monkeypatch):

@@ -1,14 +1,16 @@
 """Trace plans in captured graphs: the same values, to the bit, as when the same step is computed by Python."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from llama.engine import graphs as graphs_module
+from llama.engine.propose import PromptLookup
 from llama.engine.request import TraceEvent
 from llama.internals.trace import Add, Capture, Replace, Scale, TracePlan, Zero
-from tests.engine.recording import RecordingDevice
+from tests.engine.recording import RecordingDevice, watch
 from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
 from tests.internals.test_sites import assert_alike
@@ -88,10 +90,10 @@ def test_a_plan_is_replayed_and_brings_the_same_bits(model, name, company):
     assert engine._device.num_replays >= NEW - 1 and engine._device.num_graphs <= 4 + company
 
 
-def test_it_brings_what_it_does_on_a_cpu(theirs, model):
+def test_it_brings_what_it_does_on_a_cpu(model):
     for plan in STEADY.values():
-        plans = [request("x", PROMPT, plan, NEW)]
-        found, expected = (run(small_engine(model, **chosen), plans)["x"] for chosen in ({"device": RecordingDevice()}, {}))
+        requests = [request("other", PROMPT[:7], None, NEW), request("x", PROMPT, plan, NEW)]
+        found, expected = (run(small_engine(model, **chosen), requests)["x"] for chosen in ({"device": RecordingDevice()}, {}))
         assert found[0] == expected[0]
         assert_alike(found[1], expected[1])
 
@@ -123,13 +125,22 @@ def test_two_plans_in_a_step_have_their_own_values_wherever_their_rows_come_to_s
     assert len(engine._graphs._traced) <= 4  # by rows and plans, not by where the plans stand
 
 
+def test_guesses_beside_a_plan_are_computed_by_python(model):
+    repeated = (PROMPT[:7] * 4)[:25]
+    requests = [request("x", repeated, STEADY["recomputed and picked"], NEW)]
+    found, expected = (run(small_engine(model, proposer=PromptLookup(min_ngram=1), **chosen), requests)["x"]
+                       for chosen in ({"device": RecordingDevice()}, {}))
+    assert found[0] == expected[0]
+    assert_alike(found[1], expected[1])
+
+
 # ---- what a graph is for ------------------------------------------------------------------------------------------
 
 
-def traced_graphs(model, plan, new_tokens=NEW):
+def traced_graphs(model, plan):
     """How many graphs a request needs that are its own, and how many of its steps they do."""
-    engine = small_engine(model, device=RecordingDevice())
-    run(engine, [request("x", PROMPT, plan, new_tokens)])
+    engine = watch(small_engine(model, device=RecordingDevice()), Counter())
+    run(engine, [request("x", PROMPT, plan, NEW)])
     return len(engine._graphs._traced), engine._device.num_replays
 
 
@@ -156,20 +167,20 @@ def test_the_same_plan_sent_again_finds_its_graph_and_another_vector_is_another_
 def test_graphs_with_plans_are_kept_in_bounds(model, monkeypatch):
     monkeypatch.setattr(graphs_module, "MAX_TRACED", 2)
     engine = small_engine(model, device=RecordingDevice())
-    for layer in (0, 1, 0, 1):  # two that are used again, then a third that takes the place of the older one
-        run(engine, [request("x", PROMPT, TracePlan((f"layers.{layer}.resid_post",)), 4)])
-    assert engine._device.num_graphs == 2
-    for site in ("embed", "layers.1.resid_post", "layers.0.resid_post"):
-        run(engine, [request("x", PROMPT, TracePlan((site,)), 4)])
-    assert engine._device.num_graphs == 4 and len(engine._graphs._traced) == 2
+    for site, num_graphs in (("embed", 1), ("logits", 2), ("embed", 2), ("final_norm", 3), ("embed", 3), ("logits", 4)):
+        run(engine, [request("x", PROMPT, TracePlan((site,)), 4)])  # the third takes the place of the second
+        assert engine._device.num_graphs == num_graphs and len(engine._graphs._traced) <= 2
 
 
 def test_what_an_ended_request_would_have_captured_is_not_reported(model):
-    """It ends by a token that the host sees when the step after is on its way."""
+    """It ends by a token that the host sees when the step after is on its way, for itself and another."""
     plain, _ = run(small_engine(model), [request("x", PROMPT, None, NEW)])["x"]
     one = request("x", PROMPT, TracePlan(("logits",)), NEW)
-    one = replace(one, params=replace(one.params, stop_token_ids=(plain[5],)))
-    other = request("other", PROMPT[:9], None, NEW)
-    found = run(small_engine(model, device=RecordingDevice()), [one, other])["x"]
-    end = plain.index(plain[5]) + 1
-    assert found[0] == plain[:end] and len(found[1]["logits"]) == len(PROMPT) + end - 1
+    engine = small_engine(model, device=RecordingDevice())
+    engine.submit(replace(one, params=replace(one.params, stop_token_ids=(plain[5],))))
+    engine.submit(request("other", PROMPT[:9], None, NEW))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    positions = [position for event in events if isinstance(event, TraceEvent) for position in event.positions]
+    assert sorted(positions) == [*range(len(PROMPT) + plain.index(plain[5]))]
