@@ -130,9 +130,10 @@ class Engine:
             except Exception as error:
                 raise StepError(plan.request_ids) from error
         events = self._land(self._run_ahead() if only is None else None)
+        events = [*self._take_unreported(), *events]
         if not self.has_work:
             self.check()
-        return [*self._take_unreported(), *events]
+        return events
 
     def _run_ahead(self) -> Flight | None:
         """Enqueue the step after the one in flight, if that can be foreseen."""

@@ -19,8 +19,8 @@ from llama.engine.device import CudaDevice
 from llama.engine.engine import Engine
 
 RUBBISH = 0xEE
-_WAITING_OPERATORS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
-                      "unique_consecutive", "bincount"}
+_WAITING_OPERATORS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2",
+                      "unique_dim", "unique_consecutive", "bincount"}
 _WAITING_METHODS = {"tolist", "numpy", "item", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 
 

@@ -1,9 +1,11 @@
-"""Steps enqueued ahead of what the host knows, on a device that keeps the host waiting (see recording.py): the same tokens as
-on a CPU that is done at once, whatever happens meanwhile."""
+"""Steps enqueued ahead of what the host knows, on a device that keeps the host waiting (see recording.py): the same
+tokens as on a CPU that is done at once, whatever happens meanwhile."""
 
 import itertools
 import random
+import threading
 from collections import Counter
+from concurrent.futures import wait
 from dataclasses import replace
 
 import pytest
@@ -202,6 +204,25 @@ def test_nothing_is_ahead_of_a_grammar_and_it_is_followed_beside_others(model, c
     assert 0 < counts["ahead"] < 32  # when the others have ended
 
 
+def test_who_waited_for_its_grammar_is_not_passed_over_by_steps_ahead(model, counts):
+    """It runs, and is in no plan until the grammar is compiled; then it is in the next."""
+    compiled = threading.Event()
+
+    def slowly(grammar):
+        compiled.wait()
+        return Steps(grammar)
+
+    engine = ahead_engine(model, Limits(128), 40, counts, compiler=slowly)
+    engine.submit(request("plain", [5, 6], max_tokens=40, ignore_eos=True))
+    engine.submit(request("grammar", [7, 8, 9], max_tokens=9, grammar="steps 5"))
+    for _ in range(6):
+        assert {event.request_id for event in engine.step() if isinstance(event, TokenEvent)} == {"plain"}
+    compiled.set()
+    wait(engine._compilation._waiting)
+    names = [{event.request_id for event in engine.step()} for _ in range(2)]
+    assert "grammar" in names[0] | names[1]
+
+
 # ---- what goes wrong ----------------------------------------------------------------------------------------------
 
 
@@ -213,7 +234,8 @@ class Failure(RuntimeError):
 def test_nothing_is_lost_by_a_step_that_fails(model, plain, counts, monkeypatch, where):
     """Before anything is enqueued, after the model is, or when the host waits; ahead or not."""
     engine = ahead_engine(model, Limits(512, step_tokens=40), 14, counts)
-    owner, name = {"launch": (engine._graphs, "run"), "draw": (engine, "_draw"), "landing": (flight_module.Flight, "land")}[where]
+    owner, name = {"launch": (engine._graphs, "run"), "draw": (engine, "_draw"),
+                   "landing": (flight_module.Flight, "land")}[where]
     function, calls, failures = getattr(owner, name), itertools.count(1), Counter()
 
     def failing(*args):

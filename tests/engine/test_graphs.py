@@ -42,7 +42,8 @@ def test_a_decode_step_is_captured_once_and_then_replayed_without_the_models_pyt
     assert forwards == [18, 4, 4, 26] and engine._device.num_replays == 38
 
 
-@pytest.mark.parametrize("max_running, count, rows", [(64, 1, 1), (64, 3, 4), (64, 9, 12), (7, 6, 7), (7, 7, 7), (20, 17, 20)])
+@pytest.mark.parametrize("max_running, count, rows", [
+    (64, 1, 1), (64, 3, 4), (64, 9, 12), (7, 6, 7), (7, 7, 7), (20, 17, 20)])
 def test_a_step_has_as_many_rows_as_the_next_graph_and_no_more_than_may_run(model, forwards, max_running, count, rows):
     engine = engine_of(model, Limits(512, max_running=max_running), 60, device=RecordingDevice())
     found = run(engine, requests_of(count))
@@ -137,8 +138,9 @@ def test_a_replay_computes_on_the_memory_of_the_capture_views_and_changes_in_pla
 
 
 def test_a_copy_to_the_host_is_rubbish_until_it_is_waited_for_and_later_changes_do_not_reach_it():
-    device, there = RecordingDevice(), [torch.tensor([1, 2]), torch.tensor([[True]]), torch.tensor(3.0, dtype=torch.bfloat16),
-                                        torch.empty(0, 4), torch.arange(6).view(2, 3).t()]
+    device = RecordingDevice()
+    there = [torch.tensor([1, 2]), torch.tensor([[True]]), torch.tensor(3.0, dtype=torch.bfloat16), torch.empty(0, 4),
+             torch.arange(6).view(2, 3).t()]
     wait = device.download(there)
     expected = [tensor.clone() for tensor in there]
     there[0].fill_(9)

@@ -70,8 +70,8 @@ def assert_same_events(found, expected):
 
 
 STEADY = {
-    "what passes by": TracePlan(("embed", "layers.*.resid_*", "layers.*norm*", "layers.*.attn.?", "layers.*.attn.?_rot", "layers.*.mlp*",
-                                 "layers.*.attn.heads", "layers.*.attn_out", "final*", "logits")),
+    "what passes by": TracePlan(("embed", "layers.*.resid_*", "layers.*norm*", "layers.*.attn.?", "layers.*.attn.?_rot",
+                                 "layers.*.mlp*", "layers.*.attn.heads", "layers.*.attn_out", "final*", "logits")),
     "recomputed and picked": TracePlan(("layers.*.lens[top=3]", "layers.1.attn.head_out", "layers.0.attn.q[head=2]",
                                         "logits[top=5]", "layers.0.lens")),
     "edits": TracePlan(("logits",), edits=(Add("layers.0.resid_post", random_vector(48)), Zero("layers.1.attn.v[head=0]"),
@@ -93,7 +93,8 @@ def test_a_plan_is_replayed_and_brings_the_same_bits(model, name, company):
 def test_it_brings_what_it_does_on_a_cpu(model):
     for plan in STEADY.values():
         requests = [request("other", PROMPT[:7], None, NEW), request("x", PROMPT, plan, NEW)]
-        found, expected = (run(small_engine(model, **chosen), requests)["x"] for chosen in ({"device": RecordingDevice()}, {}))
+        found, expected = (run(small_engine(model, **chosen), requests)["x"]
+                           for chosen in ({"device": RecordingDevice()}, {}))
         assert found[0] == expected[0]
         assert_alike(found[1], expected[1])
 
