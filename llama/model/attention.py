@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.model.cache import KVCache
-from llama.model.kernels import native
+from llama.model.kernels import gpu, native
 from llama.model.ragged import PagedQueries, RaggedBatch, Segment
 
 
@@ -54,6 +54,11 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     """
     if cache is None:
         return _self_attention(q, k, v, batch)
+    if gpu.serves(q):
+        from llama.model.kernels import paged
+
+        if paged.fits(q, cache):
+            return _on_gpu(q, k, v, batch, cache, layer, deterministic)
     out = torch.empty_like(q)
     longest = 0 if batch.paged is None else batch.paged.longest
     if batch.paged is not None:
@@ -76,6 +81,18 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
             out[rows] = one_way(q[rows], *context)
         else:
             out[rows] = _cached_attention(q[rows], k[rows], v[rows], segment, cache, layer)
+    return out
+
+
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache, layer: int, deterministic: bool) -> Tensor:
+    """Triton's kernels: no result depends on which segments there are, so that nothing waits for the device."""
+    from llama.model.kernels import paged
+
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    for asked in (batch.paged, batch.chunks):
+        if asked is not None:
+            paged.attend(q, out, cache, layer, asked, deterministic)
     return out
 
 
