@@ -40,14 +40,16 @@ class _Tiles:
 
 
 # A decode waits for memory only. 16 rows are the least that a tensor core multiplies. Two programs fit an SM of a Hopper GPU,
-# each with two tiles of keys and values (64 KB in bfloat16) under way, of which 26 KB an SM would cover the latency; 132 SMs
+# each with two tiles of keys and values (64 KB in bfloat16) under way, where 26 KB an SM would cover the latency; 132 SMs
 # with four programs each end evenly enough.
 _DECODES = _Tiles(rows=16, positions=64, warps=4, stages=4, programs=528)
-# A chunk computes: two groups of four warps share a tile of keys and values through wgmma, 64 rows each.
+# A chunk computes: two groups of four warps share a tile of keys and values through wgmma, 64 rows each. Of 8 bits a tile is
+# shorter, for they are widened in registers, of which there would be too few.
 _CHUNKS = _Tiles(rows=128, positions=64, warps=8, stages=3, programs=132)
-# One shape for decodes and chunks alike. 64 rows are what one group of warps multiplies at a time; fewer than a chunk could
-# have, more than a decode needs, and at the rate of memory a decode has time for them.
-_DETERMINISTIC = _Tiles(rows=64, positions=64, warps=4, stages=3, programs=132)
+_CHUNKS_OF_8_BITS = _Tiles(rows=128, positions=32, warps=8, stages=4, programs=132)
+# One shape for decodes and chunks alike. 64 rows are the least for wgmma; fewer than a chunk could have, more than a decode
+# needs, and while it waits for memory there is time for them. Eight warps, for there are two sums of values to hold.
+_DETERMINISTIC = _Tiles(rows=64, positions=64, warps=8, stages=3, programs=132)
 
 
 def fits(q: Tensor, cache: KVCache) -> bool:
@@ -62,7 +64,7 @@ def attend(q: Tensor, out: Tensor, cache: KVCache, layer: int, asked: PagedQueri
     kv_heads, sequences = cache.keys.shape[2], len(asked.rows)
     group = num_heads // kv_heads
     is_decode = isinstance(asked, PagedQueries)
-    cut = _DETERMINISTIC if deterministic else _DECODES if is_decode else _CHUNKS
+    cut = _DETERMINISTIC if deterministic else _DECODES if is_decode else _CHUNKS_OF_8_BITS if cache.quantised else _CHUNKS
     rows = max(cut.rows, triton.next_power_of_2(group))
     queries = rows // group  # of a tile
     tiles = 1 if is_decode else triton.cdiv(asked.longest, queries)
@@ -194,11 +196,14 @@ def _walk(top, total, acc, x, keys, values, key_scales, value_scales, table, see
           BLOCK_SIZE: tl.constexpr):
     """The softmax of before and positions begin .. end - 1. Without MASKED these are whole tiles that every row sees."""
     dims = tl.arange(0, HEAD_DIM)
+    places = tl.arange(0, TILE)
+    blocks = tl.load(table + (begin + places) // BLOCK_SIZE, mask=begin + places < end, other=0)
     for start in range(begin, end, TILE):
-        positions = start + tl.arange(0, TILE)
+        positions = start + places
         there = positions < end if MASKED else tl.full([TILE], True, tl.int1)
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        heads = (blocks * BLOCK_SIZE + positions % BLOCK_SIZE) * KV_HEADS + kv_head  # past 2**31 / HEAD_DIM in a large cache
+        heads = (blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE) * KV_HEADS + kv_head
+        # The next tile's blocks are known before its keys are asked for, so that these can be under way early.
+        blocks = tl.load(table + (positions + TILE) // BLOCK_SIZE, mask=positions + TILE < end, other=0)
         at = heads[:, None] * HEAD_DIM + dims
         k = _as(tl.load(keys + at, mask=there[:, None], other=0.0), x.dtype)  # [TILE, HEAD_DIM]
         scores = tl.dot(x, tl.trans(k), input_precision="ieee")  # [ROWS, TILE], float32
