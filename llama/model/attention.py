@@ -13,6 +13,22 @@ from torch import Tensor
 from llama.model.cache import KVCache
 from llama.model.kernels import gpu, native
 from llama.model.ragged import PagedQueries, RaggedBatch, Segment
+from llama.model.rope import rotate
+from llama.model.tap import UNTOUCHED, Tap
+
+
+def rotate_and_write(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int,
+                     slots: Tensor | None, at: Tap = UNTOUCHED) -> tuple[Tensor, Tensor]:
+    """q and k, each [tokens, heads, head_dim], rotated by their positions; k, so, and v enter the cache, if there is one."""
+    if cache is not None and at is UNTOUCHED and gpu.serves(q):
+        from llama.model.kernels import rotary as kernel
+
+        if kernel.fits(q, cache):
+            return kernel.rotate_and_write(q, k, v, rotary, cache, layer, slots)
+    q, k = at("attn.q_rot", rotate(q, *rotary)), at("attn.k_rot", rotate(k, *rotary))
+    if cache is not None:
+        cache.write(layer, slots, k, v)
+    return q, k
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,7 +55,7 @@ def paged_attend(q: Tensor, cache: KVCache, layer: int, paged: PagedQueries) -> 
     grouped = q.unflatten(1, (k.shape[2], -1)).float()  # [queries, num_kv_heads, group, head_dim]
     unseen = positions >= paged.lengths[:, None]  # [queries, positions]
     scores = torch.einsum("qkgd,qpkd->qkgp", grouped, k) / math.sqrt(q.shape[2])
-    pattern = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(dim=-1)
+    pattern = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(dim=-1).masked_fill(unseen[:, None, None], 0)
     v = v.masked_fill(unseen[..., None, None], 0)  # what nobody has written yet may be anything, and 0 · NaN is NaN
     return torch.einsum("qkgp,qpkd->qkgd", pattern, v).reshape(q.shape).to(q.dtype)
 
