@@ -126,6 +126,8 @@ def test_a_query_that_sees_nothing_gets_zeros_and_spare_rows_are_left_alone(devi
 @pytest.mark.parametrize("quantised", [None, "int8", "fp8"])
 def test_in_deterministic_mode_a_query_has_the_same_bits_in_any_chunk_and_any_company(device, quantised, monkeypatch):
     monkeypatch.setattr(kernels, "PART", 64)  # several parts, and joins here and there
+    # In company there are programs enough, and alone there are not.
+    monkeypatch.setattr(kernels, "_DETERMINISTIC", dataclasses.replace(kernels._DETERMINISTIC, programs=8))
     contexts, lengths = [170, 40, 20], [40, 40, 1]
     together = Step(device, (4, 2, 64), contexts, lengths, quantised)
     check(together, deterministic=True)
