@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--loop-runs", type=int, default=8, help="separate runs that are timed, of one for each patch")
     args, machine = begin(parser, on_gpu=True)
     model = load_model(args.model, device=args.device) if args.model else source_of(args).model(device=args.device)
-    results = {"machine": machine, "captures": captures(model, args.tokens, args.device), "sweep": patching(model, args)}
+    with torch.inference_mode():
+        results = {"machine": machine, "captures": captures(model, args.tokens, args.device),
+                   "sweep": patching(model, args)}
     finish(results, args.json)
 
 
@@ -113,5 +115,4 @@ def patched(model: Llama, ids: list[int], plan: TracePlan) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

@@ -54,6 +54,7 @@ class Source:
         return LlamaConfig.from_dict(self.raw_config) if self.directory is None \
             else LlamaConfig.from_directory(self.directory)
 
+    @torch.inference_mode(False)  # whoever asks: a loader's threads could not fill what was made in that mode
     def model(self, dtype: str | None = None, quantize: str | None = None, device: str = "cpu") -> Llama:
         """The model, in a format of `llama.model.formats` or as it is multiplied fastest without being rounded."""
         if self.directory is not None:

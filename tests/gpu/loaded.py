@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from torch import Tensor
 
 from llama.runtime import Llama
@@ -13,7 +14,8 @@ QUESTIONS = ("Hello", "What is 17 + 25?", "Repeat: the cat and the dog and the c
 @functools.cache
 def demo(device: str, dtype: str = "float32", **options) -> Llama:
     """The embedded checkpoint on a device."""
-    return Llama.load(device=device, dtype=dtype, progress=False, kv_cache_bytes=64 << 20, **options)
+    with torch.inference_mode(False):  # whoever asks first: all others use it too, and the loader's threads fill it
+        return Llama.load(device=device, dtype=dtype, progress=False, kv_cache_bytes=64 << 20, **options)
 
 
 def conversation(llm: Llama, text: str) -> list[int]:

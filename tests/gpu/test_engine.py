@@ -59,7 +59,7 @@ def test_any_number_of_sequences_finds_a_graph_that_fits(device):
     """Batches of every size up to eleven: some fill a captured step, others are filled up."""
     llm = demo(device)
     for count in range(1, 12):
-        asked = [request(f"r{place}", conversation(llm, QUESTIONS[place % 6])[place % 3:], seed=place, max_tokens=6,
+        asked = [request(f"r{place}", conversation(llm, QUESTIONS[place % 6])[place % 3:], seed=place, logprobs=0, max_tokens=6,
                          temperature=0.0, ignore_eos=True) for place in range(count)]
         found = run(engine_of(llm.model, Limits(512), 400, prefix_sharing=False), asked)
         assert found.ids == alone(llm.model, asked).ids
@@ -110,7 +110,7 @@ def test_a_draw_with_a_seed_is_that_of_the_cpu(device):
 def test_a_failed_step_can_be_tried_again(device, monkeypatch):
     llm = demo(device)
     engine = engine_of(llm.model, Limits(512), 100)
-    [one] = [request("r", conversation(llm, QUESTIONS[0]), max_tokens=6, temperature=0.0, ignore_eos=True)]
+    [one] = [request("r", conversation(llm, QUESTIONS[0]), logprobs=0, max_tokens=6, temperature=0.0, ignore_eos=True)]
     expected = alone(llm.model, [one]).ids
     calls = iter([True])
     hidden = type(llm.model).hidden
