@@ -21,9 +21,8 @@ import torch
 from benchmarks.common import begin, finish, ratios, show, spread, summary
 from benchmarks.contest import Entry, Outcome, contest
 from benchmarks.contestants import CompiledTransformers, LlamaCpp, Transformers
-from benchmarks.formats import STEP_TOKENS, ours
+from benchmarks.formats import ours
 from benchmarks.gguf_file import gguf_files
-from benchmarks.roofline import bandwidth_of
 from benchmarks.weights import Source, add_source, source_of
 
 # llama.cpp's format at the same bits, by ours.
@@ -45,20 +44,15 @@ def main() -> None:
     source, groups = source_of(args), args.groups.split(",")
     if args.device == "cpu" and source.directory is None:
         parser.error("llama.cpp wants files: give --model a checkpoint that tools.make_checkpoint wrote")
-    bandwidth = bandwidth_of(args.device)
     outcomes = contest(_entries(source, args, groups), args.prompt, args.new, args.turns, source.config.vocab_size,
                        args.threads, args.device)
-    bandwidth = max(bandwidth, bandwidth_of(args.device))
-    print(f"{source}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns; "
-          f"{'read' if args.device == 'cpu' else 'copy'} bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"{source}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns")
     results: dict[str, Any] = {"machine": machine, "model": str(source), "prompt": args.prompt, "new": args.new,
-                               "bandwidth": bandwidth,
                                "facts": {name: outcome.facts for name, outcome in outcomes.items()}}
     measured = {name: outcome.rates(args.prompt, args.new) for name, outcome in outcomes.items()}
     for kind in ("prefill", "decode"):
         results[kind] = _results({name: each[kind] for name, each in measured.items()}, groups)
-        ceilings = {name: bandwidth / outcomes[f"ours {name}"].facts["step_bytes"] for name in groups}
-        _show(kind, results[kind], groups, ceilings)
+        _show(kind, results[kind], groups)
     results["agreement"] = agreement(outcomes)
     show("The same model: KL of the distribution after a prompt from the first one's; new tokens of the first turn "
          "until one differs", ["contestant", "KL", "tokens"],
@@ -80,7 +74,7 @@ def _entries(source: Source, args: argparse.Namespace, groups: Sequence[str]) ->
         if on_cpu:
             path = files[RIVALS[name]]
             entries[f"llama.cpp {RIVALS[name]}"] = Entry(LlamaCpp, (path, context), path.stat().st_size)
-        entries[f"ours {name}"] = ours(source, name, context, args.device, STEP_TOKENS[args.device])
+        entries[f"ours {name}"] = ours(source, name, context, args.device)
     return entries
 
 
@@ -93,18 +87,15 @@ def _results(measured: Mapping[str, Sequence[float]], groups: Sequence[str]) -> 
     return {"tokens_per_second": {name: summary(values) for name, values in measured.items()}, "ratios": against}
 
 
-def _show(kind: str, result: dict[str, Any], groups: Sequence[str], ceilings: Mapping[str, float]) -> None:
+def _show(kind: str, result: dict[str, Any], groups: Sequence[str]) -> None:
     found = result["tokens_per_second"]
     rows = []
     for name in groups:
-        own = found[f"ours {name}"]
-        share = [f"{own['median'] / ceilings[name]:.0%} of {ceilings[name]:.3g}"] if kind == "decode" else []
-        rows.append([name, spread(own), *share, *(f"{spread(found[rival])}; ours {spread(ratio)} ×"
-                                                  for rival, ratio in result["ratios"][name].items())])
-    allowed = ["weights over bandwidth"] if kind == "decode" else []
+        rows.append([name, spread(found[f"ours {name}"]), *(f"{spread(found[rival])}; ours {spread(ratio)} ×"
+                                                            for rival, ratio in result["ratios"][name].items())])
     rivals = ["llama.cpp at the same bits" if rival.startswith("llama.cpp") else rival
               for rival in result["ratios"][groups[0]]]
-    show(f"{kind.capitalize()}, tokens/s", ["format", "this runtime", *allowed, *rivals], rows)
+    show(f"{kind.capitalize()}, tokens/s", ["format", "this runtime", *rivals], rows)
 
 
 def agreement(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,9 @@ FORMATS: dict[str, tuple[dict[str, Any], float]] = {
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
-def ours(source: Source, name: str, context: int, device: str = "cpu", step_tokens: int = 512) -> Entry:
-    """This runtime's entry in a contest, in one of FORMATS."""
+def ours(source: Source, name: str, context: int, device: str = "cpu", reads: bool = False) -> Entry:
+    """This runtime's entry in a contest, in one of FORMATS; the arguments of `Ours`."""
     options, bits = FORMATS[name]
-    kv_bytes = context * source.config.kv_bytes_per_token("bfloat16")
-    return Entry(Ours, (source, options, context, device, step_tokens),
-                 int(source.config.num_parameters * bits / 8) + kv_bytes)
+    num_bytes = int(source.config.num_parameters * bits / 8)
+    num_bytes += context * source.config.kv_bytes_per_token("bfloat16")
+    return Entry(Ours, (source, options, context, device, STEP_TOKENS[device], reads), num_bytes)

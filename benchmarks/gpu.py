@@ -125,8 +125,8 @@ class Goal:
 def _stream(fmt: str, least: float) -> Callable[[Mapping[str, Any]], tuple[str, bool]]:
     def read(result: Mapping[str, Any]) -> tuple[str, bool]:
         found = result["formats"][fmt]
-        return (f"{found['share']:.0%} of {result['bandwidth'] / 1e12:.2f} TB/s, "
-                f"{found['tokens_per_second']['median']:.0f} tokens/s"), found["share"] >= least
+        return (f"{found['share']['median']:.0%} of {found['bandwidth']['median'] / 1e12:.2f} TB/s, "
+                f"{found['tokens_per_second']['median']:.0f} tokens/s"), found["share"]["median"] >= least
 
     return read
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common import begin, finish, show, spread, summary
 from benchmarks.contest import contest
-from benchmarks.formats import STEP_TOKENS, ours
+from benchmarks.formats import ours
 from benchmarks.roofline import best_products
 from benchmarks.weights import add_source, source_of
 from llama.config import LlamaConfig
@@ -35,7 +35,7 @@ def main() -> None:
     print("\nbest products: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in best.items()))
     names, rows = args.formats.split(","), []
     for length in map(int, args.lengths.split(",")):
-        entries = {name: ours(source, name, length + 2, args.device, STEP_TOKENS[args.device]) for name in names}
+        entries = {name: ours(source, name, length + 2, args.device) for name in names}
         outcomes = contest(entries, length, 1, args.turns, config.vocab_size, args.threads, args.device)
         results["lengths"][length] = {}
         for name, outcome in outcomes.items():

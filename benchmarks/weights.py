@@ -20,10 +20,8 @@ from torch import Tensor
 
 from llama.checkpoint.layout import places
 from llama.checkpoint.load import fastest_weights, load_model
-from llama.checkpoint.save import write_checkpoint
 from llama.config import LlamaConfig
 from llama.model.transformer import Llama
-from tools.make_checkpoint import make_config, make_generation_config, put_tokenizer, weight_distribution
 
 # Elements that are drawn at a time: enough to fill a GPU, and in float32 nothing beside the weights.
 _PIECE = 1 << 25
@@ -45,6 +43,8 @@ class Source:
         """What stands, or would stand, in config.json."""
         if self.directory is not None:
             return json.loads((self.directory / "config.json").read_text("utf-8"))
+        from tools.make_checkpoint import make_config  # here: what reads files starts without it, and is timed from its start
+
         name, _, layers = self.shape.partition(":")
         return make_config(name, {"num_hidden_layers": int(layers)} if layers else {})
 
@@ -73,6 +73,8 @@ class Source:
 
 def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[tuple[int, Tensor]]:
     """A tensor's random values, piece by piece: the first row, and [rows, ...] of `dtype` on the device."""
+    from tools.make_checkpoint import weight_distribution
+
     mean, std = weight_distribution(name, shape)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     generator = torch.Generator(device).manual_seed(seed)
@@ -98,6 +100,9 @@ def source_of(args: argparse.Namespace) -> Source:
 
 def main() -> None:
     """Write drawn weights as a checkpoint, with the demo's tokenizer, so that it can be served."""
+    from llama.checkpoint.save import write_checkpoint
+    from tools.make_checkpoint import make_generation_config, put_tokenizer
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the directory to write; /dev/shm/8b is read back fastest")
     parser.add_argument("--random", metavar="SHAPE", required=True)

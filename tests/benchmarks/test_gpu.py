@@ -81,11 +81,11 @@ def one(value):
 
 
 RESULTS = {
-    "decode": {"machine": {"gpu": "a card"}, "bandwidth": 4e12, "prompt": 512, "formats": {
-        "bf16": {"share": 0.86, "tokens_per_second": one(230)}, "int8": {"share": 0.7, "tokens_per_second": one(300)},
-        "int4": {"share": 0.55, "tokens_per_second": one(400)}}},
-    "long": {"bandwidth": 4e12, "prompt": 130000, "formats": {
-        "bf16": {"share": 0.5, "tokens_per_second": one(90), "prompt_seconds": one(11)}}},
+    "decode": {"machine": {"gpu": "a card"}, "prompt": 512, "formats": {
+        name: {"share": one(share), "bandwidth": one(4e12), "tokens_per_second": one(rate)}
+        for name, share, rate in (("bf16", 0.86, 230), ("int8", 0.7, 300), ("int4", 0.55, 400))}},
+    "long": {"prompt": 130000, "formats": {"bf16": {
+        "share": one(0.5), "bandwidth": one(4e12), "tokens_per_second": one(90), "prompt_seconds": one(11)}}},
     "prefill": {"arithmetic": {"bfloat16": 8e14}, "lengths": {"8192": {
         "bf16": {"share": 0.7, "tokens_per_second": one(30000)}}}},
     "offline": {"formats": {"bf16": {"128": {"tokens_per_second": 8000, "share": 0.5},

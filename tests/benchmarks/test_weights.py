@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.contestants import CompiledTransformers, Ours, Transformers
-from benchmarks.weights import Source, draw
+from benchmarks.weights import Source, draw, main
 from llama.checkpoint.load import load_model
 from llama.model.ragged import RaggedBatch
 
@@ -57,16 +57,15 @@ def test_transformers_gets_the_same_weights(shape, monkeypatch):
             assert turn.ids == Transformers(source, 32).turn(ids, 5).ids
 
 
-def test_written_as_a_checkpoint_they_are_the_same(tmp_path):
+def test_a_shape_whose_vocabulary_is_too_small_for_the_tokenizer_is_refused(tmp_path):
     ran = subprocess.run([sys.executable, "-m", "benchmarks.weights", str(tmp_path), "--random", "tiny"],
                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 1 and "give --vocab-size 1280" in ran.stderr  # the demo's tokenizer has more than 512
 
 
-def test_model_and_files_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.weights.put_tokenizer", lambda *_: None)
+def test_written_as_a_checkpoint_they_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.make_checkpoint.put_tokenizer", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["weights", str(tmp_path), "--random", "tiny"])
-    from benchmarks.weights import main
     main()
     for name, tensor in Source(shape="tiny").model("bfloat16").state_dict().items():
         assert torch.equal(tensor, load_model(tmp_path, weights="fastest").state_dict()[name]), name

@@ -8,25 +8,12 @@
 #include <omp.h>
 #include <string.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #define UNROLL _Pragma("GCC unroll 4")  // so that the sums stay in registers
 
-enum { BF16, INT8 };  // what the cache holds
-enum { LANES = 16, SPLIT = 256, AHEAD = 16 };
-
-typedef struct {
-    int32_t kind, threads;
-    int64_t queries, num_heads, num_kv_heads, head_dim;
-    const uint16_t *q;              // [tokens, num_heads, head_dim], bfloat16
-    uint16_t *out;                  // the same
-    const void *keys, *values;      // [slots, num_kv_heads, head_dim]
-    const float *key_scale, *value_scale;  // [slots, num_kv_heads], INT8
-    const int64_t *rows;            // [queries]: their tokens
-    const int64_t *first, *length;  // [queries]: their context in `slots`
-    const int32_t *slots;           // of all contexts
-    float *scratch;                 // attention_scratch() floats
-} Attention;
+enum { SPLIT = 256, AHEAD = 16 };  // slots
 
 // A part: for each head its largest score, the sum of exponentials, and the mix of values that they weigh.
 static int64_t part_floats(const Attention *a) { return a->num_heads * (2 + a->head_dim); }
