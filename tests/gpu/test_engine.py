@@ -24,16 +24,13 @@ def asked_of(llm):
 
 
 @pytest.fixture
-def without_graphs(monkeypatch):
-    """Engines that are made in this test capture nothing and run nothing ahead."""
-    from llama.engine import device as devices
+def plain_device():
+    """A GPU for an engine that is to capture nothing and to run nothing ahead."""
+    from llama.engine.device import CudaDevice
 
-    def plain(place):
-        found = devices.CudaDevice()
-        found.captures = False
-        return found
-
-    return lambda: monkeypatch.setattr("llama.engine.engine.device_of", plain)
+    found = CudaDevice()
+    found.captures = False
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -45,12 +42,11 @@ def test_greedy_texts_are_those_of_the_cpu(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_graphs_and_running_ahead_change_no_token(device, dtype, without_graphs):
+def test_graphs_and_running_ahead_change_no_token(device, dtype, plain_device):
     model, asked = demo(device, dtype).model, asked_of(demo(device, dtype))
     limits = Limits(512, step_tokens=64, mixed_step_tokens=32)
     captured = run(engine_of(model, limits, 400), asked, every=2)
-    without_graphs()
-    plain = run(engine_of(model, limits, 400), asked, every=2)
+    plain = run(engine_of(model, limits, 400, device=plain_device), asked, every=2)
     assert captured.ids == plain.ids and captured.reasons == plain.reasons
     assert captured.values() == pytest.approx(plain.values(), abs=1e-3 if dtype == "float32" else 0.1)
 
