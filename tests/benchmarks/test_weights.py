@@ -46,6 +46,7 @@ def test_formats_are_rounded_from_the_same_weights(fmt):
 @pytest.mark.parametrize("shape", ["tiny", "tiny:1"])
 def test_transformers_gets_the_same_weights(shape, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, mode: model)  # tens of seconds on a CPU, and another's business
+    monkeypatch.setattr("benchmarks.weights._PIECE", 64 * 32)  # so that a matrix is several
     source = Source(shape=shape)
     ours = Ours(source, {}, 32)
     for make in (Transformers, CompiledTransformers):
