@@ -212,7 +212,8 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
             measured, is_met = goal.read(line["result"])
             met = "yes" if is_met else "no"
         out.append(f"| {goal.what} | {goal.goal} | {measured} | {met} |")
-    cards = {line["result"]["machine"]["gpu"] for line in latest.values() if "gpu" in (line["result"] or {}).get("machine", {})}
+    machines = [(line["result"] or {}).get("machine", {}) for line in latest.values()]
+    cards = {machine["gpu"] for machine in machines if "gpu" in machine}
     ended = ", ".join(f"{name} {line['rc']}" for name, line in latest.items())
     return "\n".join([*out, "", f"Measured on: {', '.join(sorted(cards)) or 'nothing yet'}. Exit codes: {ended or 'none'}."])
 

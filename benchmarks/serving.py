@@ -122,7 +122,8 @@ LOADS = {"one": one_at_a_time, "closed": closed_loop, "rate": constant_rate}
 
 def spec(args: argparse.Namespace) -> EngineSpec:
     """The engine that `flags` make the server load."""
-    options = {"max_context": CONTEXT, "kv_cache_bytes": KV_CACHE_BYTES[args.device], "device": args.device, "progress": False,
+    options = {"max_context": CONTEXT, "kv_cache_bytes": KV_CACHE_BYTES[args.device], "device": args.device,
+               "progress": False,
                "limits": {"max_running": args.together}}
     return EngineSpec(args.model and str(args.model), options, args.threads)
 

@@ -43,7 +43,7 @@ class Source:
         """What stands, or would stand, in config.json."""
         if self.directory is not None:
             return json.loads((self.directory / "config.json").read_text("utf-8"))
-        from tools.make_checkpoint import make_config  # here: what reads files starts without it, and is timed from its start
+        from tools.make_checkpoint import make_config  # not where files are read: such a start is timed
 
         name, _, layers = self.shape.partition(":")
         return make_config(name, {"num_hidden_layers": int(layers)} if layers else {})
