@@ -4,8 +4,8 @@
     python -m benchmarks.prefill --random 8b --device cuda [--formats bf16,fp8] [--lengths 512,8192]
 
 The ceiling of a format is the best measured rate of products that it may use: of bfloat16 weights, in bfloat16 or
-float32; of quantised ones, in whatever is fastest (on a GPU only fp8: the others are multiplied in bfloat16). A token costs two operations for each weight of the layers, and
-attention to those before it; the head is computed for the last alone.
+float32; of quantised ones, in whatever is fastest (on a GPU only fp8: the others are multiplied in bfloat16). A token costs
+two operations for each weight of the layers, and attention to those before it; the head is computed for the last alone.
 """
 
 import argparse
