@@ -84,20 +84,18 @@ INLINE void score_some(const Attention *a, const uint16_t *q, const int64_t plac
     }
 }
 
-// Those of a group of heads for up to 16 slots: scores[g * SPLIT + i].
+// Those of a group of heads for up to four slots: scores[g * SPLIT + j].
 INLINE void score(const Attention *a, const uint16_t *q, const int32_t *slots, int count, int64_t kv_head, int kind,
                   float *scores) {
     int group = a->num_heads / a->num_kv_heads;
-    for (int i = 0; i < count; i += 4) {
-        int64_t place[4];
-        for (int j = 0; j < 4; j++)  // beyond the last, the last again
-            place[j] = (int64_t)slots[i + j < count ? i + j : count - 1] * a->num_kv_heads + kv_head;
-        for (int g = 0; g < group; g += 4)
-            if (group - g >= 4)  // the usual number, as a constant
-                score_some(a, q + g * a->head_dim, place, kind, 4, scores + g * SPLIT + i);
-            else
-                score_some(a, q + g * a->head_dim, place, kind, group - g, scores + g * SPLIT + i);
-    }
+    int64_t place[4];
+    for (int j = 0; j < 4; j++)  // beyond the last, the last again
+        place[j] = (int64_t)slots[j < count ? j : count - 1] * a->num_kv_heads + kv_head;
+    for (int g = 0; g < group; g += 4)
+        if (group - g >= 4)  // the usual number, as a constant
+            score_some(a, q + g * a->head_dim, place, kind, 4, scores + g * SPLIT);
+        else
+            score_some(a, q + g * a->head_dim, place, kind, group - g, scores + g * SPLIT);
 }
 
 // Scores to weights of one head; its largest score and the sum of the weights.
