@@ -69,7 +69,7 @@ def serves(blocks: nn.ModuleList, x: Tensor, batch: RaggedBatch, cache: KVCache 
     """Whether `CompiledBlocks` computes this step: one token of each sequence, all matrices packed."""
     return cache is not None and cache.dtype == torch.bfloat16 and cache.quantised != "fp8" \
         and cache.keys.shape[-1] % 32 == 0 and native.serves(x) \
-        and all(segment.length == 1 for segment in batch.segments) \
+        and len(batch.segments) == len(x) and all(segment.length == 1 for segment in batch.segments) \
         and all(isinstance(matrix, PackedLinear) for block in blocks for matrix in matrices(block))
 
 
