@@ -21,7 +21,6 @@ from benchmarks.contest import Entry, Outcome, contest
 from benchmarks.contestants import LlamaCpp, Transformers
 from benchmarks.formats import ours
 from benchmarks.gguf_file import gguf_files
-from benchmarks.roofline import read_bandwidth
 from llama.config import LlamaConfig
 
 # llama.cpp's format at the same bits, by ours.
@@ -42,19 +41,14 @@ def main() -> None:
     args, machine = begin(parser)
     groups = args.groups.split(",")
     config = LlamaConfig.from_directory(args.model)
-    bandwidth = read_bandwidth()
     outcomes = contest(_entries(args, groups), args.prompt, args.new, args.turns, config.vocab_size, args.threads)
-    bandwidth = max(bandwidth, read_bandwidth())
-    print(f"{args.model}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns; "
-          f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"{args.model}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns")
     results: dict[str, Any] = {"machine": machine, "model": str(args.model), "prompt": args.prompt, "new": args.new,
-                               "bandwidth": bandwidth,
                                "facts": {name: outcome.facts for name, outcome in outcomes.items()}}
     measured = {name: outcome.rates(args.prompt, args.new) for name, outcome in outcomes.items()}
     for kind in ("prefill", "decode"):
         results[kind] = _results({name: each[kind] for name, each in measured.items()}, groups)
-        ceilings = {name: bandwidth / outcomes[f"ours {name}"].facts["step_bytes"] for name in groups}
-        _show(kind, results[kind], groups, ceilings)
+        _show(kind, results[kind], groups)
     results["agreement"] = agreement(outcomes)
     show("The same model: KL of the distribution after a prompt from the first one's; new tokens of the first turn "
          "until one differs", ["contestant", "KL", "tokens"],
@@ -85,17 +79,14 @@ def _results(measured: Mapping[str, Sequence[float]], groups: Sequence[str]) -> 
     return {"tokens_per_second": {name: summary(values) for name, values in measured.items()}, "ratios": against}
 
 
-def _show(kind: str, result: dict[str, Any], groups: Sequence[str], ceilings: Mapping[str, float]) -> None:
+def _show(kind: str, result: dict[str, Any], groups: Sequence[str]) -> None:
     found = result["tokens_per_second"]
     rows = []
     for name in groups:
-        own = found[f"ours {name}"]
-        share = [f"{own['median'] / ceilings[name]:.0%} of {ceilings[name]:.3g}"] if kind == "decode" else []
-        rows.append([name, spread(own), *share, *(f"{spread(found[rival])}; ours {spread(ratio)} ×"
-                                                  for rival, ratio in result["ratios"][name].items())])
-    allowed = ["weights over bandwidth"] if kind == "decode" else []
-    rivals = ["llama.cpp at the same bits", HUGGING_FACE][:len(rows[0]) - 2 - len(allowed)]
-    show(f"{kind.capitalize()}, tokens/s", ["format", "this runtime", *allowed, *rivals], rows)
+        rows.append([name, spread(found[f"ours {name}"]), *(f"{spread(found[rival])}; ours {spread(ratio)} ×"
+                                                            for rival, ratio in result["ratios"][name].items())])
+    rivals = ["llama.cpp at the same bits", HUGGING_FACE][:len(rows[0]) - 2]
+    show(f"{kind.capitalize()}, tokens/s", ["format", "this runtime", *rivals], rows)
 
 
 def agreement(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:

@@ -18,13 +18,18 @@ import numpy as np
 import torch
 
 
+# What is read between two tokens to see what the memory gives meanwhile: longer than a step of a small model is too long.
+_READ_BYTES = 1 << 28
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What a turn took, in seconds, and what was generated."""
+    """What a turn took, in seconds, and what was generated. read_rate: bytes per second that were read between tokens."""
 
     prefill: float
     decode: float
     ids: list[int]
+    read_rate: float | None = None
 
 
 class Contestant(Protocol):
@@ -41,16 +46,19 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """This runtime's engine. quantize: a weight format, or None."""
+    """This runtime's engine. options: dtype and quantize. reads: between any two tokens,
+    read other memory too: its rate may be another in the next second."""
 
-    def __init__(self, directory: Path, options: dict[str, Any], context: int):
+    def __init__(self, directory: Path, options: dict[str, Any], context: int, reads: bool = False):
         from llama.checkpoint.load import load_model
         from llama.engine.engine import BLOCK_SIZE, Engine
         from llama.engine.limits import Limits
+        from llama.model.memory import huge_pages
 
         weights = options.get("quantize") or "fastest"
         self._model = load_model(directory, dtype=options.get("dtype"), weights=weights, progress=False)
         self._engine = Engine(self._model, Limits(max_context=context, max_running=1), context // BLOCK_SIZE + 2)
+        self._memory = huge_pages(torch.empty(_READ_BYTES // 4, dtype=torch.int32)).fill_(1) if reads else None
 
     def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
         from llama.engine.request import Request, SamplingParams, TokenEvent
@@ -58,13 +66,18 @@ class Ours:
         greedy = SamplingParams(max_tokens=num_new + 1, temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0,
                                 ignore_eos=True)
         self._engine.submit(Request("turn", tuple(prompt), greedy))
-        began, came, ids = time.perf_counter(), [], []
+        prefill, decode, reading, ids = 0.0, 0.0, 0.0, []
         while self._engine.has_work:
-            for event in self._engine.step():
-                if isinstance(event, TokenEvent):
-                    came.append(time.perf_counter())
-                    ids.append(event.token_id)
-        return Turn(came[0] - began, came[-1] - came[0], ids)
+            began = time.perf_counter()
+            events = self._engine.step()
+            taken = time.perf_counter() - began
+            prefill, decode = (prefill, decode + taken) if ids else (prefill + taken, decode)
+            ids += [event.token_id for event in events if isinstance(event, TokenEvent)]
+            if self._memory is not None and ids:
+                began = time.perf_counter()
+                self._memory.max()
+                reading += time.perf_counter() - began
+        return Turn(prefill, decode, ids, len(ids) * _READ_BYTES / reading if reading else None)
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
         from llama.model.ragged import RaggedBatch

@@ -3,18 +3,19 @@
     python -m benchmarks.decode --model DIR [--formats bf16,int8,int4] [--prompt 512] [--new 64] [--json]
 
 The prompt is read first and not counted. A step reads all weights once, and the keys and values of all positions
-before it; the ceiling is the measured read bandwidth over these bytes. Formats take turns, each in a process of its
-own. With a long --prompt, attention's share shows.
+before it; the ceiling is the measured read bandwidth over these bytes. A machine's memory may be twice as fast in one
+second as in the next, where others have their share of it: so between any two tokens other memory is read, and a turn's
+tokens are compared with its own ceiling. Formats take turns, each in a process of its own. With a long --prompt,
+attention's share shows.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import begin, finish, show, spread, summary
+from benchmarks.common import begin, finish, ratios, show, spread, summary
 from benchmarks.contest import contest
 from benchmarks.formats import ours
-from benchmarks.roofline import read_bandwidth
 from llama.config import LlamaConfig
 
 
@@ -28,26 +29,27 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     args, machine = begin(parser)
     config = LlamaConfig.from_directory(args.model)
-    bandwidth = read_bandwidth()
-    entries = {name: ours(args.model, name, args.prompt + args.new + 1) for name in args.formats.split(",")}
+    context = args.prompt + args.new + 1
+    entries = {name: ours(args.model, name, context, reads=True) for name in args.formats.split(",")}
     outcomes = contest(entries, args.prompt, args.new, args.turns, config.vocab_size, args.threads)
-    bandwidth = max(bandwidth, read_bandwidth())
     results: dict[str, Any] = {"machine": machine, "model": str(args.model), "prompt": args.prompt, "new": args.new,
-                               "bandwidth": bandwidth, "formats": {}}
+                               "formats": {}}
     rows = []
     for name, outcome in outcomes.items():
         weight_bytes = outcome.facts["step_bytes"]
         num_bytes = weight_bytes + (args.prompt + args.new / 2) * outcome.facts["kv_bytes_per_token"]
-        found = summary(outcome.rates(args.prompt, args.new)["decode"])
-        share = found["median"] * num_bytes / bandwidth
-        results["formats"][name] = {"tokens_per_second": found, "weight_bytes": weight_bytes,
-                                    "bytes_per_token": num_bytes, "ceiling": bandwidth / num_bytes, "share": share,
-                                    "weights_share": found["median"] * weight_bytes / bandwidth}
-        rows.append([name, spread(found), f"{num_bytes / 1e9:.3f}", bandwidth / num_bytes, f"{share:.0%}",
-                     f"{results['formats'][name]['weights_share']:.0%}"])
-    print(f"\nread bandwidth {bandwidth / 1e9:.1f} GB/s")
+        rates = outcome.rates(args.prompt, args.new)["decode"]
+        ceilings = [turn.read_rate for turn in outcome.turns]
+        found = {"tokens_per_second": summary(rates), "bandwidth": summary(ceilings),
+                 "share": ratios([rate * num_bytes for rate in rates], ceilings),
+                 "weights_share": ratios([rate * weight_bytes for rate in rates], ceilings)}
+        results["formats"][name] = found | {"weight_bytes": weight_bytes, "bytes_per_token": num_bytes}
+        rows.append([name, spread(found["tokens_per_second"]), f"{num_bytes / 1e9:.3f}",
+                     spread({kind: value / 1e9 for kind, value in found["bandwidth"].items()}),
+                     *(spread({kind: 100 * value for kind, value in found[share].items()}, "%")
+                       for share in ("share", "weights_share"))])
     show(f"Tokens/s after a prompt of {args.prompt}, {args.new} new ones, {args.turns} turns",
-         ["format", "tokens/s", "GB a token", "bandwidth allows", "share", "of weights alone"], rows)
+         ["format", "tokens/s", "GB a token", "GB/s read between tokens", "share", "of weights alone"], rows)
     finish(results, args.json)
 
 

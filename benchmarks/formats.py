@@ -13,8 +13,8 @@ FORMATS: dict[str, tuple[dict[str, Any], float]] = {
     "int8": ({"dtype": "bfloat16", "quantize": "int8"}, 9), "int4": ({"dtype": "bfloat16", "quantize": "int4"}, 6)}
 
 
-def ours(directory: Path, name: str, context: int) -> Entry:
-    """This runtime's entry in a contest, in one of FORMATS."""
+def ours(directory: Path, name: str, context: int, reads: bool = False) -> Entry:
+    """This runtime's entry in a contest, in one of FORMATS; the arguments of `Ours`."""
     options, bits = FORMATS[name]
     num_bytes = int(LlamaConfig.from_directory(directory).num_parameters * bits / 8)
-    return Entry(Ours, (directory, options, context), num_bytes)
+    return Entry(Ours, (directory, options, context, reads), num_bytes)

@@ -87,6 +87,9 @@ def start(directory: Path, name: str, prompt_len: int, num_threads: int) -> dict
 
 def _measure(pipe: Connection, began: float, directory: Path, options: dict[str, Any], prompt_len: int,
              num_threads: int) -> None:
+    from llama.checkpoint.ahead import read_ahead
+
+    read_ahead(directory)
     import torch
 
     from benchmarks.contestants import Ours

@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Protocol
 
+from llama.checkpoint.ahead import read_ahead
+from llama.checkpoint.pull import resolve
 from llama.engine.request import Event, QueueFullError, Request, RequestError, TokenEvent
 from llama.text.grammar import GrammarError
 from server import isolate, wire
@@ -56,6 +58,7 @@ class Engine(Protocol):
 
 def load(spec: EngineSpec) -> tuple[Engine, Loaded]:
     """The engine of a checkpoint. Raises what `llama.runtime.Llama.load` does."""
+    read_ahead(resolve(spec.model))
     import torch  # here, not above: the pipe is read and the heart beats while this takes its seconds
 
     from llama.runtime import Llama

@@ -30,11 +30,13 @@ from llama.progress import ProgressBar, describe_bytes
 from llama.strict_json import ConfigError
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-# What is read at a time. Small enough to convert within the processor's cache, and to be nothing beside the
-# weights; large enough that neither the system call nor Python counts.
-_PIECE_BYTES = 8 << 20
-# The same where what is read is packed, for which it is made float32 first.
+# What is read at a time. Small enough to be nothing beside the weights; large enough that neither the system call nor
+# Python counts.
+_PIECE_BYTES = 2 << 20
+# The same where what is read is packed: within the processor's cache.
 _PACKED_BYTES = 1 << 19
+# As many pieces are read at once. More than processors: while some wait for the disk, others are packed.
+_NUM_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,13 @@ def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str,
     order = sorted(placed, key=lambda name: (str(stored[name].path), stored[name].offset))
     pieces = [piece for name in order
               for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module))]
-    num_readers = min(8, os.cpu_count() or 1)
     # Made once: buffers that come and go leave the allocator with many times their size.
     buffers: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(num_readers):
+    for _ in range(_NUM_READERS):
         buffers.put(torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8))
     total_bytes = sum(piece.num_bytes for piece in pieces)
     with (ProgressBar("loading", total_bytes, describe_bytes, shown=progress) as bar,
-          ThreadPoolExecutor(num_readers) as pool):
+          ThreadPoolExecutor(_NUM_READERS) as pool):
         for num_bytes in pool.map(partial(_read_piece, buffers=buffers), pieces):
             bar.add(num_bytes)
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from llama.checkpoint.ahead import read_ahead
 from llama.checkpoint.pull import resolve
 from llama.commands import CommandError, UsageError
 from llama.config import LlamaConfig
@@ -34,6 +35,7 @@ def load(args: argparse.Namespace) -> "Llama":
     """The model that the flags describe."""
     directory = resolve(args.model)
     context = LlamaConfig.from_directory(directory).context_length(args.context)  # before torch takes its time
+    read_ahead(directory)
     prepare_torch(args)
     from llama.runtime import Llama
 

@@ -67,6 +67,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, fmt: Format):
         super().__init__()
+        self.shape = out_features, in_features
         self.format = fmt
         self.dtype = dtype
         blocks = torch.empty(out_features // BLOCK_ROWS, fmt.block_bytes(in_features), dtype=torch.uint8)
@@ -99,11 +100,16 @@ class PackedLinear(nn.Module):
 
     def store(self, first_row: int, weight: Tensor) -> None:
         """Set rows from `first_row` on: whole blocks, in any float dtype."""
-        blocks, scale = self.format.pack(weight) if native.library() is None else native.pack(weight, self.format)
-        first = first_row // BLOCK_ROWS
-        self.blocks[first:first + len(blocks)].copy_(blocks)
+        num_rows, first = len(weight), first_row // BLOCK_ROWS
+        blocks = self.blocks[first:first + num_rows // BLOCK_ROWS]
+        scale = None if self.scale is None else self.scale[first_row:first_row + num_rows]
+        if native.library() is not None:
+            native.pack(weight, self.format, blocks, scale)
+            return
+        packed, row_scale = self.format.pack(weight)
+        blocks.copy_(packed)
         if scale is not None:
-            self.scale[first_row:first_row + len(scale)].copy_(scale)
+            scale.copy_(row_scale)
 
     def _scales(self, first: int, count: int) -> Tensor | None:
         return None if self.scale is None else self.scale[first * BLOCK_ROWS:(first + count) * BLOCK_ROWS]

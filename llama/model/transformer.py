@@ -23,6 +23,7 @@ from llama.model.attention import ragged_attention
 from llama.model.cache import KVCache
 from llama.model.elementwise import add_norm, norm_scale, normalise, rms_norm, swiglu
 from llama.model.formats import QUANTISED
+from llama.model.kernels import blocks as compiled
 from llama.model.linear import Linear, PackedLinear, make_linear
 from llama.model.ragged import RaggedBatch
 from llama.model.rope import inverse_frequencies, rotate, rotation
@@ -140,6 +141,7 @@ class Llama(nn.Module):
         tied = config.tie_word_embeddings
         self.head = self.embed if tied else linear(config.hidden_size, config.vocab_size, fmt=ends)
         self.register_buffer("frequencies", inverse_frequencies(config, device), persistent=False)
+        self._compiled: compiled.CompiledBlocks | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,6 +158,10 @@ class Llama(nn.Module):
         """What all weights take."""
         tensors = (*self.parameters(), *self.buffers())
         return sum(tensor.nbytes for tensor in tensors if tensor is not self.frequencies)
+
+    def _apply(self, *args, **kwargs):
+        self._compiled = None  # weights that are moved or converted come to lie elsewhere
+        return super()._apply(*args, **kwargs)
 
     def set_deterministic(self, deterministic: bool) -> None:
         """Whether a token's numbers are the same bits whatever else is in its step and however its sequence was
@@ -175,7 +181,11 @@ class Llama(nn.Module):
     def hidden(self, batch: RaggedBatch, cache: KVCache | None = None, at: Tap = UNTOUCHED) -> Tensor:
         """The residual stream after the last block: [tokens, hidden]."""
         rotary = rotation(batch.positions, self.frequencies)
-        x, delta = at("embed", self.embed.rows(batch.ids)), None  # [tokens, hidden]
+        x = at("embed", self.embed.rows(batch.ids))  # [tokens, hidden]
+        if at is UNTOUCHED and compiled.serves(self.blocks, x, batch, cache):
+            self._compiled = self._compiled or compiled.CompiledBlocks(self.blocks)
+            return self._compiled.run(x, rotary, batch, cache)
+        delta = None
         for layer, block in enumerate(self.blocks):
             x, delta = block(x, delta, rotary, batch, cache, at.layer(layer))
         return x if delta is None else x + delta

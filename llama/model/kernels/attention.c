@@ -8,25 +8,12 @@
 #include <omp.h>
 #include <string.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #define UNROLL _Pragma("GCC unroll 4")  // so that the sums stay in registers
 
-enum { BF16, INT8 };  // what the cache holds
-enum { LANES = 16, SPLIT = 256, AHEAD = 16 };
-
-typedef struct {
-    int32_t kind, threads;
-    int64_t queries, num_heads, num_kv_heads, head_dim;
-    const uint16_t *q;              // [tokens, num_heads, head_dim], bfloat16
-    uint16_t *out;                  // the same
-    const void *keys, *values;      // [slots, num_kv_heads, head_dim]
-    const float *key_scale, *value_scale;  // [slots, num_kv_heads], INT8
-    const int64_t *rows;            // [queries]: their tokens
-    const int64_t *first, *length;  // [queries]: their context in `slots`
-    const int32_t *slots;           // of all contexts
-    float *scratch;                 // attention_scratch() floats
-} Attention;
+enum { SPLIT = 256, AHEAD = 32 };  // slots: of a part; how far ahead they are fetched
 
 // A part: for each head its largest score, the sum of exponentials, and the mix of values that they weigh.
 static int64_t part_floats(const Attention *a) { return a->num_heads * (2 + a->head_dim); }
@@ -45,9 +32,14 @@ INLINE __m512 cached(const void *cache, int64_t at, int kind) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)cache + at))));
 }
 
-INLINE void fetch(const Attention *a, const void *cache, int32_t slot, int kind) {
-    int64_t bytes = a->num_kv_heads * a->head_dim * (kind == BF16 ? 2 : 1);
-    for (int64_t j = 0; j < bytes; j += 64) _mm_prefetch((const char *)cache + slot * bytes + j, _MM_HINT_T1);
+// A head of up to `count` slots of the `left` ones from here, before they are needed: a few lines at a time, for a burst of
+// them would wait for itself.
+INLINE void fetch(const Attention *a, const void *cache, const int32_t *slots, int64_t left, int count, int64_t kv_head,
+                  int kind) {
+    int64_t bytes = a->head_dim * (kind == BF16 ? 2 : 1);
+    for (int i = 0; i < count && i < left; i++)
+        for (int64_t j = 0; j < bytes; j += 64)
+            _mm_prefetch((const char *)cache + ((int64_t)slots[i] * a->num_kv_heads + kv_head) * bytes + j, _MM_HINT_T1);
 }
 
 // The sums of four vectors.
@@ -92,20 +84,18 @@ INLINE void score_some(const Attention *a, const uint16_t *q, const int64_t plac
     }
 }
 
-// Those of a group of heads for up to 16 slots: scores[g * SPLIT + i].
+// Those of a group of heads for up to four slots: scores[g * SPLIT + j].
 INLINE void score(const Attention *a, const uint16_t *q, const int32_t *slots, int count, int64_t kv_head, int kind,
                   float *scores) {
     int group = a->num_heads / a->num_kv_heads;
-    for (int i = 0; i < count; i += 4) {
-        int64_t place[4];
-        for (int j = 0; j < 4; j++)  // beyond the last, the last again
-            place[j] = (int64_t)slots[i + j < count ? i + j : count - 1] * a->num_kv_heads + kv_head;
-        for (int g = 0; g < group; g += 4)
-            if (group - g >= 4)  // the usual number, as a constant
-                score_some(a, q + g * a->head_dim, place, kind, 4, scores + g * SPLIT + i);
-            else
-                score_some(a, q + g * a->head_dim, place, kind, group - g, scores + g * SPLIT + i);
-    }
+    int64_t place[4];
+    for (int j = 0; j < 4; j++)  // beyond the last, the last again
+        place[j] = (int64_t)slots[j < count ? j : count - 1] * a->num_kv_heads + kv_head;
+    for (int g = 0; g < group; g += 4)
+        if (group - g >= 4)  // the usual number, as a constant
+            score_some(a, q + g * a->head_dim, place, kind, 4, scores + g * SPLIT);
+        else
+            score_some(a, q + g * a->head_dim, place, kind, group - g, scores + g * SPLIT);
 }
 
 // Scores to weights of one head; its largest score and the sum of the weights.
@@ -130,19 +120,51 @@ INLINE void soften(float *scores, int64_t count, float factor, float *largest, f
     *total = _mm512_reduce_add_ps(sum);
 }
 
-// Add up to 16 slots' values, weighed, of up to four heads and four vectors of a value head's width.
-INLINE void mix_some(const Attention *a, const int32_t *slots, int count, int64_t kv_head, int64_t from, int kind, int heads,
-                     int width, const float *weights, float *mixed) {
+// Weights to bfloat16, in place, for values in bfloat16: as in every fused attention, so that two slots are one product.
+INLINE void narrow(float *weights, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) to_bf16((uint16_t *)weights + i, _mm512_loadu_ps(weights + i));
+}
+
+// Add the values of up to 16 slots from `at` on, weighed, of up to four heads and 64 elements of a value head.
+INLINE void mix_bf16(const Attention *a, const int32_t *slots, int64_t at, int count, int64_t kv_head, int64_t from,
+                     int heads, int width, const float *weights, float *mixed) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);  // the slots' elements by turns
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    __m512 sum[4][4];
+    UNROLL for (int g = 0; g < heads; g++)
+        UNROLL for (int d = 0; d < width; d++) sum[g][d] = _mm512_loadu_ps(mixed + g * a->head_dim + d * LANES);
+    for (int i = 0; i < count; i += 2) {
+        int64_t here = slots[at + i], next = slots[at + (i + 1 < count ? i + 1 : i)];  // after the last, again it, by 0
+        const uint16_t *one = (const uint16_t *)a->values + (here * a->num_kv_heads + kv_head) * a->head_dim + from;
+        const uint16_t *other = (const uint16_t *)a->values + (next * a->num_kv_heads + kv_head) * a->head_dim + from;
+        __m512bh v[4];
+        UNROLL for (int d = 0; d < width; d += 2) {
+            __m512i ours = _mm512_loadu_si512(one + d * LANES), theirs = _mm512_loadu_si512(other + d * LANES);
+            v[d] = (__m512bh)_mm512_permutex2var_epi16(ours, first, theirs);
+            v[d + 1] = (__m512bh)_mm512_permutex2var_epi16(ours, second, theirs);
+        }
+        UNROLL for (int g = 0; g < heads; g++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int32_t *)((const uint16_t *)(weights + g * SPLIT) + at + i));
+            UNROLL for (int d = 0; d < width; d++) sum[g][d] = _mm512_dpbf16_ps(sum[g][d], v[d], pair);
+        }
+    }
+    UNROLL for (int g = 0; g < heads; g++)
+        UNROLL for (int d = 0; d < width; d++) _mm512_storeu_ps(mixed + g * a->head_dim + d * LANES, sum[g][d]);
+}
+
+// The same of values in int8, whose scales join the weights.
+INLINE void mix_int8(const Attention *a, const int32_t *slots, int64_t at, int count, int64_t kv_head, int64_t from,
+                     int heads, int width, const float *weights, float *mixed) {
     __m512 sum[4][4];
     UNROLL for (int g = 0; g < heads; g++)
         UNROLL for (int d = 0; d < width; d++) sum[g][d] = _mm512_loadu_ps(mixed + g * a->head_dim + d * LANES);
     for (int i = 0; i < count; i++) {
-        int64_t place = (int64_t)slots[i] * a->num_kv_heads + kv_head;
-        float factor = kind == INT8 ? a->value_scale[place] : 1.0f;
+        int64_t place = (int64_t)slots[at + i] * a->num_kv_heads + kv_head;
         __m512 v[4];
-        UNROLL for (int d = 0; d < width; d++) v[d] = cached(a->values, place * a->head_dim + from + d * LANES, kind);
+        UNROLL for (int d = 0; d < width; d++) v[d] = cached(a->values, place * a->head_dim + from + d * LANES, INT8);
         UNROLL for (int g = 0; g < heads; g++) {
-            __m512 weight = _mm512_set1_ps(weights[g * SPLIT + i] * factor);
+            __m512 weight = _mm512_set1_ps(weights[g * SPLIT + at + i] * a->value_scale[place]);
             UNROLL for (int d = 0; d < width; d++) sum[g][d] = _mm512_fmadd_ps(weight, v[d], sum[g][d]);
         }
     }
@@ -150,25 +172,26 @@ INLINE void mix_some(const Attention *a, const int32_t *slots, int count, int64_
         UNROLL for (int d = 0; d < width; d++) _mm512_storeu_ps(mixed + g * a->head_dim + d * LANES, sum[g][d]);
 }
 
+INLINE void mix_some(const Attention *a, const int32_t *slots, int64_t at, int count, int64_t kv_head, int64_t from, int kind,
+                     int heads, int width, const float *weights, float *mixed) {
+    if (kind == BF16)
+        mix_bf16(a, slots, at, count, kv_head, from, heads, width, weights, mixed);
+    else
+        mix_int8(a, slots, at, count, kv_head, from, heads, width, weights, mixed);
+}
+
 // The same of all of a group of heads.
-INLINE void mix(const Attention *a, const int32_t *slots, int count, int64_t kv_head, int kind, const float *weights,
-                float *mixed) {
+INLINE void mix(const Attention *a, const int32_t *slots, int64_t at, int count, int64_t kv_head, int kind,
+                const float *weights, float *mixed) {
     int64_t group = a->num_heads / a->num_kv_heads, dim = a->head_dim;
     for (int64_t d = 0; d < dim; d += 4 * LANES)
         for (int64_t g = 0; g < group; g += 4) {
             int heads = group - g < 4 ? group - g : 4, width = dim - d < 4 * LANES ? (dim - d) / LANES : 4;
             if (heads == 4 && width == 4)  // the usual numbers, as constants
-                mix_some(a, slots, count, kv_head, d, kind, 4, 4, weights + g * SPLIT, mixed + g * dim + d);
+                mix_some(a, slots, at, count, kv_head, d, kind, 4, 4, weights + g * SPLIT, mixed + g * dim + d);
             else
-                mix_some(a, slots, count, kv_head, d, kind, heads, width, weights + g * SPLIT, mixed + g * dim + d);
+                mix_some(a, slots, at, count, kv_head, d, kind, heads, width, weights + g * SPLIT, mixed + g * dim + d);
         }
-}
-
-// While head h of 16 slots is computed: its share of the slots AHEAD, so that memory is asked evenly.
-INLINE void fetch_share(const Attention *a, const void *cache, const int32_t *slots, int64_t i, int64_t count, int64_t h,
-                        int kind) {
-    for (int64_t s = h * LANES / a->num_kv_heads; s < (h + 1) * LANES / a->num_kv_heads; s++)
-        if (i + AHEAD + s < count) fetch(a, cache, slots[i + AHEAD + s], kind);
 }
 
 INLINE void split(const Attention *a, int64_t query, int64_t start, float *part, float *scores, int kind) {
@@ -177,20 +200,20 @@ INLINE void split(const Attention *a, int64_t query, int64_t start, float *part,
     const int32_t *slots = a->slots + a->first[query] + start;
     const uint16_t *q = a->q + a->rows[query] * a->num_heads * dim;
     float *mixed = part + 2 * a->num_heads;
-    for (int64_t i = 0; i < count; i += LANES) {
+    for (int64_t i = 0; i < count; i += 4)
         for (int64_t h = 0; h < a->num_kv_heads; h++) {
-            fetch_share(a, a->keys, slots, i, count, h, kind);
-            score(a, q + h * group * dim, slots + i, count - i < LANES ? count - i : LANES, h, kind,
-                  scores + h * group * SPLIT + i);
+            fetch(a, a->keys, slots + i + AHEAD, count - i - AHEAD, 4, h, kind);
+            score(a, q + h * group * dim, slots + i, count - i < 4 ? count - i : 4, h, kind, scores + h * group * SPLIT + i);
         }
-    }
-    for (int64_t h = 0; h < a->num_heads; h++)
+    for (int64_t h = 0; h < a->num_heads; h++) {
         soften(scores + h * SPLIT, count, 1 / sqrtf(dim), part + h, part + a->num_heads + h);
+        if (kind == BF16) narrow(scores + h * SPLIT, count);
+    }
     memset(mixed, 0, a->num_heads * dim * sizeof(float));
     for (int64_t i = 0; i < count; i += LANES) {
         for (int64_t h = 0; h < a->num_kv_heads; h++) {
-            fetch_share(a, a->values, slots, i, count, h, kind);
-            mix(a, slots + i, count - i < LANES ? count - i : LANES, h, kind, scores + h * group * SPLIT + i,
+            fetch(a, a->values, slots + i + AHEAD, count - i - AHEAD, LANES, h, kind);
+            mix(a, slots, i, count - i < LANES ? count - i : LANES, h, kind, scores + h * group * SPLIT,
                 mixed + h * group * dim);
         }
     }

@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
 #define EACH_ROW(rows) _Pragma("omp parallel for num_threads(threads) if (rows > 8)") for (int64_t row = 0; row < rows; row++)

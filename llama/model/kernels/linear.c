@@ -10,39 +10,32 @@
 #include <omp.h>
 #include <string.h>
 
+#include "kernels.h"
 #include "vectors.h"
 
-enum { BF16, INT8, INT4 };  // formats of W
-enum { VECTORS, TILES };    // kernels
+// How far ahead W is fetched, in bytes. AMD's processors, which alone have CLZERO, do better by themselves.
+#ifdef __CLZERO__
+#define AHEAD 0
+#else
+#define AHEAD 4096
+#endif
+
 enum {
-    LANES = 16,             // rows of W in a block; rows of x in a tile
     ROWS = 8,               // rows of x that share one reading of a block in vector registers
     GROUP = 32,             // columns of int4 weights that share a scale
     GROUP_BYTES = 320,      // 256 of nibbles, 16 scales and 16 lows in float16
     FEW = 8, MANY = 16,     // blocks that a thread takes at a time, when there are few rows of x or many
     DEPTH = 1024,           // bytes of each row of x that are worked through at a time when there are many
     PAD = 64,               // bytes between rows of x, so that they do not all fall into one set of the cache
-    AHEAD = 4096,           // how far ahead W is fetched, in bytes
 };
-
-typedef struct {
-    int32_t format, kernel, threads;
-    int32_t x_wide, y_wide;         // whether x and y are float32; otherwise bfloat16
-    int64_t rows, outs, ins;        // of x; of W; columns of both
-    const uint8_t *weight;          // [outs / LANES] blocks
-    const float *scale;             // [outs], INT8
-    const void *x;                  // [rows, ins]
-    void *y;                        // [rows, outs]
-    uint8_t *scratch;               // scratch_bytes()
-} Product;
 
 // What is made of x in the scratch memory, and room for each thread.
 typedef struct {
     const uint8_t *x;               // [tiles * LANES, stride] bytes: bfloat16 or int8
     int64_t stride, tiles;
-    const float *scale;             // [tiles, groups, LANES]; a group is the whole row in INT8
+    const float *scale;             // [tiles, groups, lanes]; a group is the whole row in INT8
     const float *sum;               // the same: sums of the int8, in INT4 times their scale
-    int64_t groups;
+    int64_t groups, lanes;
     uint8_t *room;
     int64_t room_bytes;             // of one thread
 } Input;
@@ -53,7 +46,8 @@ static int64_t row_bytes(const Product *p) { return p->format == BF16 ? 2 * p->i
 static Input lay_out(const Product *p) {
     Input in = {.x = p->scratch, .stride = row_bytes(p) + PAD, .groups = groups_of(p)};
     in.tiles = (p->rows + LANES - 1) / LANES;
-    int64_t scales = in.tiles * in.groups * LANES;
+    in.lanes = p->kernel == VECTORS && p->rows < LANES ? p->rows : LANES;  // close together, for the smallest cache
+    int64_t scales = in.tiles * in.groups * in.lanes;
     in.scale = (const float *)(in.x + in.tiles * LANES * in.stride);
     in.sum = in.scale + scales;
     in.room = (uint8_t *)(in.sum + scales);
@@ -76,7 +70,7 @@ INLINE __m512 load16(const Product *p, int64_t at) {
 // A group of one row as int8 times a scale, so that its largest element is 127 or -127.
 INLINE void quantise(const Product *p, const Input *in, int64_t row, int64_t group, int64_t length) {
     int64_t from = row * p->ins + group * length;
-    int64_t at = (row / LANES * in->groups + group) * LANES + row % LANES;
+    int64_t at = (row / LANES * in->groups + group) * in->lanes + row % LANES;
     int8_t *to = (int8_t *)in->x + row * in->stride + group * length;
     __m512 largest = _mm512_setzero_ps();
     for (int64_t k = 0; k < length; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(load16(p, from + k)));
@@ -113,7 +107,10 @@ INLINE void put(const Product *p, int64_t row, int64_t block, __m512 values) {
         to_bf16((uint16_t *)p->y + at, values);
 }
 
-INLINE void ahead(const uint8_t *from) { _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0); }
+INLINE void ahead(const uint8_t *from) {
+    if (AHEAD) _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
+}
+
 INLINE __m512 halves(const uint8_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE __m512i broadcast(const uint8_t *from) { return _mm512_set1_epi32(*(const int32_t *)from); }
 
@@ -184,7 +181,7 @@ INLINE void int4_block(const Product *p, const Input *in, int64_t block, int64_t
         __m512i v[8];
         unpack_int4(w, v);
         __m512 scale = halves(w + 256), low = halves(w + 288);
-        int64_t at = (first / LANES * in->groups + g) * LANES + first % LANES;
+        int64_t at = (first / LANES * in->groups + g) * in->lanes + first % LANES;
         for (int r = 0; r < rows; r++) {
             const uint8_t *x = in->x + (first + r) * in->stride + g * GROUP;
             __m512i even = _mm512_setzero_si512(), odd = even;
@@ -350,7 +347,7 @@ void product(const Product *p) {
         _Pragma("omp for")
         for (int64_t row = 0; row < p->rows; row++) prepare_row(p, &in, row);
         if (p->kernel == TILES) configure(p);
-        _Pragma("omp for schedule(dynamic)")
+        _Pragma("omp for schedule(guided)")  // long ways through memory first
         for (int64_t block = 0; block < blocks; block += chunk) {
             int64_t count = blocks - block < chunk ? blocks - block : chunk;
             if (p->kernel == TILES && p->format != INT4)

@@ -22,19 +22,20 @@ from llama.model.cache import KVCache
 from llama.model.formats import BLOCK_ROWS, INT4, Format
 from llama.model.ragged import Queries
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "pack.c", "attention.c", "elementwise.c"))
-HEADER = Path(__file__).with_name("vectors.h")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("linear", "pack", "attention", "elementwise", "blocks"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("kernels", "vectors"))
 REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16")
 # Without contraction: what a definition multiplies and then adds is rounded twice here too.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 VECTORS, TILES = 0, 1
+_PACKED_KINDS = (torch.float32, torch.bfloat16, torch.float16)  # as pack.c counts them
 LANES = 16
 # From so many rows on, int4's tiles are ahead of its vectors (benchmarks/README.md); in the other formats they always are.
 INT4_TILE_ROWS = 17
 
 
 class _Product(ctypes.Structure):
-    """As in linear.c."""
+    """As in kernels.h."""
 
     _fields_ = [("format", ctypes.c_int32), ("kernel", ctypes.c_int32), ("threads", ctypes.c_int32),
                 ("x_wide", ctypes.c_int32), ("y_wide", ctypes.c_int32),
@@ -43,8 +44,8 @@ class _Product(ctypes.Structure):
                 ("y", ctypes.c_void_p), ("scratch", ctypes.c_void_p)]
 
 
-class _Attention(ctypes.Structure):
-    """As in attention.c."""
+class Attention(ctypes.Structure):
+    """As in kernels.h."""
 
     _fields_ = [("kind", ctypes.c_int32), ("threads", ctypes.c_int32),
                 *((name, ctypes.c_int64) for name in ("queries", "num_heads", "num_kv_heads", "head_dim")),
@@ -57,17 +58,22 @@ def attention(q: Tensor, out: Tensor, cache: KVCache, layer: int, queries: Queri
     num_heads, head_dim], bfloat16, of which the rows of `queries` are read and written. Only where `library()` is not
     None, head_dim a multiple of 32."""
     q = q.contiguous()
-    keys, values = cache.keys[layer], cache.values[layer]
-    scales = [None if all_scales is None else all_scales[layer].data_ptr()
-              for all_scales in (cache.key_scales, cache.value_scales)]
-    call = _Attention(int(keys.dtype == torch.int8), torch.get_num_threads(), len(queries.rows), q.shape[1],
-                      keys.shape[1], q.shape[2], q.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr(), *scales,
-                      queries.rows.data_ptr(), queries.first.data_ptr(), queries.length.data_ptr(),
-                      queries.slots.data_ptr(), None)
+    call = attention_call(cache, layer, queries, q.shape[1])
+    call.q, call.out = q.data_ptr(), out.data_ptr()
     reference = ctypes.byref(call)
     scratch = torch.empty(library().attention_scratch(reference))
     call.scratch = scratch.data_ptr()
     library().attention(reference)
+
+
+def attention_call(cache: KVCache, layer: int, queries: Queries, num_heads: int) -> Attention:
+    """What is asked of `attention`, without where q lies, where the result goes, and the scratch memory."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    scales = [None if all_scales is None else all_scales[layer].data_ptr()
+              for all_scales in (cache.key_scales, cache.value_scales)]
+    return Attention(int(keys.dtype == torch.int8), torch.get_num_threads(), len(queries.rows), num_heads, *keys.shape[1:],
+                     None, None, keys.data_ptr(), values.data_ptr(), *scales, queries.rows.data_ptr(),
+                     queries.first.data_ptr(), queries.length.data_ptr(), queries.slots.data_ptr(), None)
 
 
 def product(x: Tensor, blocks: Tensor, scale: Tensor | None, fmt: Format, *, wide: bool = False) -> Tensor:
@@ -89,15 +95,12 @@ def product(x: Tensor, blocks: Tensor, scale: Tensor | None, fmt: Format, *, wid
     return y
 
 
-def pack(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """`Format.pack` by the compiled kernel, in the calling thread alone. Only where `library()` is not None."""
-    rows, columns = weight.shape
-    weight = weight.float().contiguous()
-    blocks = torch.empty(rows // BLOCK_ROWS, fmt.block_bytes(columns), dtype=torch.uint8)
-    scale = torch.empty(rows) if fmt.has_scale else None
-    library().pack(fmt.code, weight.data_ptr(), rows, columns, blocks.shape[1], blocks.data_ptr(),
-                   None if scale is None else scale.data_ptr())
-    return blocks, scale
+def pack(weight: Tensor, fmt: Format, blocks: Tensor, scale: Tensor | None) -> None:
+    """`Format.pack` by the compiled kernel, in the calling thread alone, into blocks [rows / 16, block_bytes], uint8, and
+    scale [rows], float32. weight: [rows, columns], float32, bfloat16 or float16. Only where `library()` is not None."""
+    weight = weight.contiguous()
+    library().pack(fmt.code, _PACKED_KINDS.index(weight.dtype), weight.data_ptr(), *weight.shape, blocks.shape[1],
+                   blocks.data_ptr(), None if scale is None else scale.data_ptr())
 
 
 def serves(x: Tensor) -> bool:
@@ -182,21 +185,21 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         return None, f"what {_compiler()} makes cannot be kept or loaded: {error}"
     pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    for name, types in {"pack": (ctypes.c_int32, pointer, size, size, size, pointer, pointer),
+    for name, types in {"pack": (ctypes.c_int32, ctypes.c_int32, pointer, size, size, size, pointer, pointer),
                         "norm_scale": (pointer, pointer, size, size, ctypes.c_float, threads),
                         "normalise": (pointer, pointer, pointer, pointer, size, size, threads),
                         "swiglu": (pointer, pointer, pointer, size, size, size, threads),
                         "rotate": (pointer, pointer, pointer, pointer, size, size, size, size, threads)}.items():
         getattr(loaded, name).argtypes = types
-    for name in ("pack", "product", "attention", "norm_scale", "normalise", "swiglu", "rotate"):
+    for name in ("pack", "product", "attention", "norm_scale", "normalise", "swiglu", "rotate", "blocks"):
         getattr(loaded, name).restype = None
-    loaded.scratch_bytes.restype = loaded.attention_scratch.restype = size
+    loaded.scratch_bytes.restype = loaded.attention_scratch.restype = loaded.blocks_scratch.restype = size
     return loaded, None
 
 
 def _build() -> Path:
     """The shared library for this source, compiler and processor, compiled if it is not in the cache."""
-    parts = (*(source.read_text() for source in (*SOURCES, HEADER)), _compiler() or "", " ".join(_FLAGS), _processor(),
+    parts = (*(source.read_text() for source in (*SOURCES, *HEADERS)), _compiler() or "", " ".join(_FLAGS), _processor(),
              torch.__version__)
     name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     target = _cache() / name

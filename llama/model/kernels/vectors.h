@@ -23,3 +23,16 @@ INLINE __m512 exponential(__m512 x) {
     for (int i = 1; i < 7; i++) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(factors[i]));
     return _mm512_scalef_ps(sum, n);
 }
+
+// Bfloat16 as int8 times a scale, which is returned, so that the largest of them is 127 or -127.
+INLINE float quantise_bf16(const uint16_t *from, int64_t length, int8_t *to) {
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t k = 0; k < length; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(from_bf16(from + k)));
+    float most = _mm512_reduce_max_ps(largest);
+    __m512 factor = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+    for (int64_t k = 0; k < length; k += 16) {
+        __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(from_bf16(from + k), factor));
+        _mm_storeu_si128((__m128i *)(to + k), _mm512_cvtsepi32_epi8(rounded));
+    }
+    return most / 127.0f;
+}
