@@ -21,7 +21,7 @@ def norm_scale(x: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     if len(x):
-        _norm_scale[len(x),](x, scale, eps, **_shape(x))
+        _norm_scale[len(x),](x, scale, eps, **row_options(x.shape[1]))
     return scale
 
 
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if len(x):
-        _rms_norm[len(x),](x, weight, y, eps, **_shape(x))
+        _rms_norm[len(x),](x, weight, y, eps, **row_options(x.shape[1]))
     return y
 
 
@@ -39,7 +39,7 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     x, delta = x.contiguous(), delta.contiguous()
     total, y = torch.empty_like(x), torch.empty_like(x)
     if len(x):
-        _add_norm[len(x),](x, delta, weight, total, y, eps, **_shape(x))
+        _add_norm[len(x),](x, delta, weight, total, y, eps, **row_options(x.shape[1]))
     return total, y
 
 
@@ -54,11 +54,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def _shape(x: Tensor) -> dict[str, int]:
-    """How a row is shared out: a load of 8 elements for each thread, and more of them for a row of more than 4,096."""
-    size = x.shape[1]
+def row_options(size: int) -> dict[str, int | bool]:
+    """How a row of a norm is shared out: a load of 8 elements for each thread, and more of them for one of more than 4,096.
+
+    Without fusion, multiplying and then adding is rounded twice in every kernel, however the compiler arranges them.
+    """
     block = triton.next_power_of_2(size)
-    return {"size": size, "block": block, "num_warps": min(max(block // 8 // 32, 1), 16)}
+    return {"size": size, "block": block, "num_warps": min(max(block // 8 // 32, 1), 16), "enable_fp_fusion": False}
 
 
 @triton.jit
