@@ -30,7 +30,7 @@ MOST_SECONDS = 300  # of the processor: a fault may well keep a test from ending
 # What is run for a fault in a file, quickest first.
 _BOOKS = ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_lifecycle.py",
           "engine/test_interleaving.py")
-_SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py")
+_SAMPLER = ("engine/test_sampler.py", "engine/test_sampler_numbers.py", "engine/test_sampler_device.py")
 _ENGINE = ("engine/test_constraint.py", "engine/test_engine_limits.py", "engine/test_engine.py")
 _GRAMMAR = ("text/test_grammar.py", "text/test_certain.py", "text/test_json_schema.py")
 _FORMATS = ("model/test_formats.py", "model/test_native.py")
@@ -68,6 +68,8 @@ TESTS = {
     "engine/propose.py": ("engine/test_propose.py",),
     "engine/draft.py": ("engine/test_draft.py",),
     "engine/sampler.py": (*_SAMPLER, "engine/test_constraint.py"),
+    "engine/scores.py": _SAMPLER,
+    "engine/upload.py": _SAMPLER,
     "engine/batch.py": ("engine/test_batch.py",),
     "engine/engine.py": _ENGINE,
     "completion.py": ("test_completion.py",),

@@ -57,7 +57,8 @@ def draw(logits: Tensor, rows: Ordered[SampleRow]) -> "Draw":
     logits: [rows, vocab], float32, left as they are; what is enqueued later may overwrite them.
     """
     adjusted = adjust(logits, rows)
-    ids, flat = adjusted.argmax(dim=-1), None
+    ids = adjusted.argmax(dim=-1)
+    flat = None
     for way in (_draw_from_all, _draw_from_likeliest, _draw_from_sorted):
         places = [place for place, row in enumerate(rows) if _way(row.params) is way]
         if not places:

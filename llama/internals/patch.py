@@ -138,11 +138,11 @@ class _Runner:
                             torch.arange(count, count + first, device=device))
         tap = PlanTap(parts, self.cache, self.model.logits)
         rotary = rotation(batch.positions, self.model.frequencies)
-        x = self.before[first_layer][where]  # [rows, hidden]
+        x, delta = self.before[first_layer][where], None  # [rows, hidden]
         for layer in range(first_layer, self.model.config.num_layers):
-            x = self.model.blocks[layer](x, rotary, batch, self.cache, tap.layer(layer))
+            x, delta = self.model.blocks[layer](x, delta, rotary, batch, self.cache, tap.layer(layer))
         last = torch.tensor([segment.length for segment in segments], device=device).cumsum(0) - 1
-        return self.model.logits(x[last])
+        return self.model.logits((x if delta is None else x + delta)[last])
 
 
 def steering_vector(towards: Sequence[Trace], away: Sequence[Trace], site: str, position: int = -1) -> Tensor:

@@ -5,6 +5,9 @@
     x = x + feed_forward(norm(x))        /
     logits = head(norm(x))
 
+Every sum but the last is normalised at once, and so the norms do the adding, in one pass: what a part adds is handed on
+as `delta`.
+
 Letters as everywhere in this project: `tokens` is the ragged axis of `RaggedBatch`; weights are [out, in]. `at(name, x)`
 is x: the places that have a name (`llama.model.sites`), where a plan may look at what flows, or change it.
 """
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from llama.config import LlamaConfig
 from llama.model.attention import ragged_attention, rotate_and_write
 from llama.model.cache import KVCache
-from llama.model.elementwise import norm_scale, normalise, swiglu
+from llama.model.elementwise import add_norm, norm_scale, normalise, rms_norm, swiglu
 from llama.model.formats import QUANTISED
 from llama.model.kernels import blocks as compiled
 from llama.model.linear import Linear, PackedLinear, make_linear
@@ -41,8 +44,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
+        if at is UNTOUCHED:
+            return rms_norm(x, self.weight, self.eps)
         scale = at(self.site + ".scale", norm_scale(x, self.eps))  # [tokens, 1]
         return at(self.site, normalise(x, scale, self.weight))
+
+    def add(self, x: Tensor, delta: Tensor | None, site: str, at: Tap = UNTOUCHED) -> tuple[Tensor, Tensor]:
+        """x + delta, which is the site's value, and its norm: each [tokens, hidden]. delta None: x is the sum already."""
+        if at is UNTOUCHED and delta is not None:
+            return add_norm(x, delta, self.weight, self.eps)
+        x = at(site, x if delta is None else x + delta)
+        return x, self(x, at)
 
 
 class Attention(nn.Module):
@@ -85,7 +97,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on the normalised residual stream and added to it."""
+    """One layer: attention, then feed-forward, each on the normalised residual stream and added to it: the first sum by
+    the norm between them, the second by the next layer's."""
 
     def __init__(self, config: LlamaConfig, layer: int, norm: MakeNorm, linear: MakeLinear):
         super().__init__()
@@ -94,12 +107,14 @@ class Block(nn.Module):
         self.feed_forward_norm = norm("mlp_norm")
         self.feed_forward = FeedForward(config, linear)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: RaggedBatch, cache: KVCache | None,
-                at: Tap = UNTOUCHED) -> Tensor:
-        """[tokens, hidden] -> [tokens, hidden]."""
-        x = at("resid_pre", x)
-        x = at("resid_mid", x + self.attention(self.attention_norm(x, at), rotary, batch, cache, at))
-        return at("resid_post", x + self.feed_forward(self.feed_forward_norm(x, at), at))
+    def forward(self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor], batch: RaggedBatch,
+                cache: KVCache | None, at: Tap = UNTOUCHED) -> tuple[Tensor, Tensor | None]:
+        """The stream [tokens, hidden] and what is still to be added to it, if anything -> the same after this layer."""
+        x, normed = self.attention_norm.add(x, delta, "resid_pre", at)
+        delta = self.attention(normed, rotary, batch, cache, at)
+        x, normed = self.feed_forward_norm.add(x, delta, "resid_mid", at)
+        delta = self.feed_forward(normed, at)
+        return (x, delta) if at is UNTOUCHED else (at("resid_post", x + delta), None)
 
 
 class Llama(nn.Module):
@@ -168,9 +183,10 @@ class Llama(nn.Module):
         if at is UNTOUCHED and compiled.serves(self.blocks, x, batch, cache):
             self._compiled = self._compiled or compiled.CompiledBlocks(self.blocks)
             return self._compiled.run(x, rotary, batch, cache)
+        delta = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, batch, cache, at.layer(layer))
-        return x
+            x, delta = block(x, delta, rotary, batch, cache, at.layer(layer))
+        return x if delta is None else x + delta
 
     def logits(self, hidden: Tensor, at: Tap = UNTOUCHED) -> Tensor:
         """The final norm and the head: [rows, hidden] -> [rows, vocab], float32."""
