@@ -74,7 +74,9 @@ def quantise(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         # Small groups: 32 in one program.
         block = triton.next_power_of_2(group)
         groups = 32 if block <= 64 else 1
-        _quantise[(triton.cdiv(scale.numel(), groups),)](x, q, scale, scale.numel(), group, groups, block)
+        # Without fusion: one rounding for product and sum would not be the definition's two.
+        _quantise[(triton.cdiv(scale.numel(), groups),)](x, q, scale, scale.numel(), group, groups, block,
+                                                         enable_fp_fusion=False)
     return q, scale
 
 
