@@ -24,7 +24,8 @@ from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, 
 from llama.config import DTYPE_BYTES, LlamaConfig
 from llama.model.formats import BLOCK_ROWS, QUANTISED
 from llama.model.kernels import native
-from llama.model.linear import PackedLinear
+from llama.model.device_linear import DeviceLinear
+from llama.model.linear import PackedLinear, in_blocks
 from llama.model.transformer import Llama
 from llama.progress import ProgressBar, describe_bytes
 from llama.strict_json import ConfigError
@@ -56,6 +57,26 @@ class _Piece:
     def num_bytes(self) -> int:
         """What is read."""
         return tensor_bytes(self.stored.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Memory to read into, on its way to `device`: for a GPU pinned, with a stream of its own, so that one piece is
+    copied and quantised there while others are read."""
+
+    space: Tensor
+    device: torch.device
+    stream: torch.cuda.Stream | None
+
+    @torch.no_grad()
+    def hand_over(self, part: Tensor, store: Callable[[Tensor], Any]) -> None:
+        """Store what was read; the buffer is free afterwards."""
+        if self.stream is None:
+            store(part)
+            return
+        with torch.cuda.stream(self.stream):
+            store(part.to(self.device, non_blocking=True))
+        self.stream.synchronize()
 
 
 def load_model(directory: str | Path, *, dtype: str | None = None, device: torch.device | str = "cpu",
@@ -108,8 +129,8 @@ def _check_weights(directory: Path, config: LlamaConfig, weights: str | None, dt
         raise CheckpointError(f"{directory} is quantised to {has} already; {wants} can be made only of the weights as "
                               "they were trained")
     chosen = has or weights
-    if chosen is not None and torch.device(device).type != "cpu":
-        raise CheckpointError(f"{chosen} weights are for the CPU; load them as they are on {device}")
+    if chosen == "bf16" and not in_blocks(device):
+        raise CheckpointError(f"bf16 is a format of the CPU; on {device} give bfloat16 as the dtype instead")
     if chosen is not None and dtype == "float16":
         raise CheckpointError(f"{chosen} weights compute in bfloat16 or float32; give one of them as the dtype")
 
@@ -122,9 +143,11 @@ def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str,
     pieces = [piece for name in order
               for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module))]
     # Made once: buffers that come and go leave the allocator with many times their size.
-    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    on_gpu = model.device.type == "cuda"
+    buffers: SimpleQueue[_Buffer] = SimpleQueue()
     for _ in range(_NUM_READERS):
-        buffers.put(torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8))
+        space = torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8, pin_memory=on_gpu)
+        buffers.put(_Buffer(space, model.device, torch.cuda.Stream(model.device) if on_gpu else None))
     total_bytes = sum(piece.num_bytes for piece in pieces)
     with (ProgressBar("loading", total_bytes, describe_bytes, shown=progress) as bar,
           ThreadPoolExecutor(_NUM_READERS) as pool):
@@ -136,6 +159,9 @@ def _cut(stored: StoredTensor, place: Place, module: nn.Module) -> Iterator[_Pie
     """A tensor as pieces of whole rows; of a matrix that is packed on the way, of whole blocks."""
     num_rows, *columns = place.shape
     row_bytes = stored.num_bytes // num_rows
+    if isinstance(module, DeviceLinear):
+        yield from _cut_for_device(stored, place, module, row_bytes)
+        return
     packs = isinstance(module, PackedLinear) and place.attribute == "weight"
     if packs:
         step = max(1, _PACKED_BYTES // row_bytes // BLOCK_ROWS) * BLOCK_ROWS
@@ -150,7 +176,19 @@ def _cut(stored: StoredTensor, place: Place, module: nn.Module) -> Iterator[_Pie
         yield _Piece(stored, stored.offset + first * row_bytes, shape, target, store)
 
 
-def _read_piece(piece: _Piece, buffers: SimpleQueue[Tensor]) -> int:
+def _cut_for_device(stored: StoredTensor, place: Place, module: DeviceLinear, row_bytes: int) -> Iterator[_Piece]:
+    """A tensor of a quantised matrix that lies row by row: floats, or blocks and their scales."""
+    store = {"weight": module.store, "blocks": module.store_blocks, "scale": module.store_scale}[place.attribute]
+    rows_each = BLOCK_ROWS if place.attribute == "blocks" else 1
+    num_rows, *columns = place.shape
+    step = max(1, _PIECE_BYTES // row_bytes)
+    for first in range(0, num_rows, step):
+        shape = (min(step, num_rows - first), *columns)
+        yield _Piece(stored, stored.offset + first * row_bytes, shape, None,
+                     partial(store, place.first_row + first * rows_each))
+
+
+def _read_piece(piece: _Piece, buffers: "SimpleQueue[_Buffer]") -> int:
     """Read one piece to where it belongs; returns its bytes. Safe in as many threads as there are buffers."""
     dtype, target = _TORCH_DTYPES[piece.stored.dtype], piece.target
     if target is not None and target.dtype == dtype and target.device.type == "cpu":
@@ -158,9 +196,9 @@ def _read_piece(piece: _Piece, buffers: SimpleQueue[Tensor]) -> int:
         return piece.num_bytes
     buffer = buffers.get()
     try:
-        part = buffer[:piece.num_bytes]
+        part = buffer.space[:piece.num_bytes]
         _read_into(piece, part)
-        piece.store(part.view(dtype).view(piece.shape))
+        buffer.hand_over(part.view(dtype).view(piece.shape), piece.store)
     finally:
         buffers.put(buffer)
     return piece.num_bytes

@@ -8,8 +8,9 @@
 Products of integers are summed as integers, so that they are exact; everything else is float32. This is the definition:
 `llama/model/kernels/linear.c` computes the same numbers, where the machine allows it.
 
-All three lie in blocks of 16 rows, in which what is multiplied together lies together: a vector of 64 bytes is 16 rows
+On the CPU all three lie in blocks of 16 rows, in which what is multiplied together lies together: a vector of 64 bytes is 16 rows
 × 4 bytes of columns. A block of W is the same bytes in memory and in a quantised checkpoint.
+On a GPU integers lie row by row (`llama.model.device_linear`), and `llama/model/kernels/products.py` computes the same.
 """
 
 from dataclasses import dataclass
@@ -66,6 +67,13 @@ class Format:
             return (_deinterleave(blocks) ^ 128).view(torch.int8).float() * scale[:, None]
         q, scale, low = _split_int4(blocks)
         return (q.float() * scale + low).flatten(1)
+
+    def parts(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """What blocks of integers hold, row by row: q [16 n, in_features]; of int4 also scale and low, as `quantise_int4`."""
+        if self is INT8:
+            return ((_deinterleave(blocks) ^ 128).view(torch.int8),)
+        q, scale, low = _split_int4(blocks)
+        return q.flatten(1), scale[..., 0].half(), low[..., 0].half()
 
     def multiply(self, x: Tensor, blocks: Tensor, scale: Tensor | None) -> Tensor:
         """x Wᵀ: [tokens, in_features] -> [tokens, 16 n], float32."""

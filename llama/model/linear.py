@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.model.formats import BLOCK_ROWS, FORMATS, Format, fits
-from llama.model.kernels import native
+from llama.model.device_linear import DeviceLinear
+from llama.model.formats import BLOCK_ROWS, FORMATS, QUANTISED, Format, fits
+from llama.model.kernels import gpu, native
 from llama.model.memory import huge_pages
 
 # Rows of every product in deterministic mode: as many as a decode can bear.
 TILE_ROWS = 32
+# Up to so many rows W is what has to be read, and a GPU's kernel reads it once; with more, the library multiplies.
+_FEW_ROWS = 16
 # Rows of W that the definition unpacks at a time, where there are no kernels: few enough for the processor's cache.
 _PIECE_ROWS = 1024
 
@@ -42,6 +45,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, wide: bool = False) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features], in the dtype of the weight, or in float32 if `wide`."""
+        if gpu.serves(x) and (self.deterministic or len(x) <= _FEW_ROWS):
+            from llama.model.kernels import products  # needs Triton
+
+            return products.float_product(x, self.weight, torch.float32 if wide else x.dtype, fixed=self.deterministic)
         y = self._by_tiles(x) if self.deterministic else F.linear(x, self.weight)
         return y.float() if wide else y
 
@@ -116,7 +123,7 @@ class PackedLinear(nn.Module):
 
 
 def make_linear(in_features: int, *out_features: int, dtype: torch.dtype, device: torch.device | str,
-                fmt: str | None = None) -> Linear | PackedLinear:
+                fmt: str | None = None) -> Linear | PackedLinear | DeviceLinear:
     """A matrix in the format of that name; None, or a shape that cannot lie in blocks: as it is, in `dtype`.
 
     out_features: rows of each of the matrices that lie in it. They are stored one by one, so that each has to be whole
@@ -124,4 +131,13 @@ def make_linear(in_features: int, *out_features: int, dtype: torch.dtype, device
     """
     if fmt is None or not all(fits(rows, in_features) for rows in out_features):
         return Linear(in_features, sum(out_features), dtype, device)
-    return PackedLinear(in_features, sum(out_features), dtype, FORMATS[fmt])
+    if in_blocks(device):
+        return PackedLinear(in_features, sum(out_features), dtype, FORMATS[fmt])
+    if fmt not in QUANTISED:
+        return Linear(in_features, sum(out_features), dtype, device)
+    return DeviceLinear(in_features, sum(out_features), dtype, device, FORMATS[fmt])
+
+
+def in_blocks(device: torch.device | str) -> bool:
+    """Whether packed matrices lie in blocks there: on a CPU. Elsewhere they lie row by row."""
+    return torch.device(device).type == "cpu"

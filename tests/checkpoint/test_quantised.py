@@ -17,6 +17,8 @@ from llama.checkpoint.layout import places
 from llama.checkpoint.load import load_model
 from llama.checkpoint.safetensors import CheckpointError
 from llama.checkpoint.save import save_model
+from llama.model import linear
+from llama.model.device_linear import DeviceLinear
 from llama.model.formats import BF16, FORMATS, INT4, INT8, Format
 from llama.model.linear import Linear, PackedLinear
 from llama.model.ragged import RaggedBatch
@@ -269,7 +271,7 @@ def test_a_malformed_quantised_checkpoint_is_refused_by_name(name: str, quantise
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"weights": "int8", "device": "cuda"}, "int8 weights are for the CPU; load them as they are on cuda"),
+    ({"weights": "bf16", "device": "cuda"}, "bf16 is a format of the CPU; on cuda give bfloat16 as the dtype instead"),
     ({"weights": "int4", "dtype": "float16"},
      "int4 weights compute in bfloat16 or float32; give one of them as the dtype"),
     ({"weights": "bf16", "dtype": "float16"}, "bf16 weights compute in bfloat16 or float32"),
@@ -280,8 +282,26 @@ def test_what_a_format_cannot_do_is_refused(options: dict[str, str], message: st
 
 @pytest.mark.parametrize("options, message", [
     ({"weights": "int8"}, "is quantised to int4 already; int8 can be made only of the weights as they were trained"),
-    ({"device": "cuda:1"}, "int4 weights are for the CPU; load them as they are on cuda:1"),
     ({"dtype": "float16"}, "int4 weights compute in bfloat16 or float32; give one of them as the dtype"),
 ])
 def test_what_is_quantised_stays_so(options: dict[str, str], message: str, quantised: Path) -> None:
     assert message in refusal(quantised, **options)
+
+
+@FORMAT
+@pytest.mark.parametrize("is_stored", [False, True], ids=["quantised while it is read", "stored in blocks"])
+def test_row_by_row_the_weights_are_those_of_the_blocks(name: str, is_stored: bool, checkpoints: dict[bool, Path],
+                                                        quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are loaded to a GPU, here on the CPU; its own numbers apart, the same logits."""
+    if is_stored and name != "int4":
+        pytest.skip("the stored checkpoint is in int4")
+    source, options = (quantised, {}) if is_stored else (checkpoints[False], {"weights": name})
+    expected = load_model(source, dtype="float32", **options)
+    monkeypatch.setattr(linear, "in_blocks", lambda device: False)
+    found = load_model(source, dtype="float32", **options)
+    assert isinstance(found.blocks[0].attention.qkv, DeviceLinear)
+    ids = torch.arange(64)
+    for module in ("embed", "head", "blocks.0.attention.qkv", "blocks.0.feed_forward.down"):
+        assert found.get_submodule(module).rows(ids).equal(expected.get_submodule(module).rows(ids)), module
+    batch = RaggedBatch.whole(IDS)
+    torch.testing.assert_close(found(batch), expected(batch), rtol=2e-3, atol=2e-3)
