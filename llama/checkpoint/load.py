@@ -1,9 +1,9 @@
 """From a checkpoint's directory to a model: everything checked first, then one pass over the files.
 
-Tensors are read straight into their rows of the joined weights, or through a small buffer where the dtype, the
-device or the format differs: so weights are packed and quantised while they are read. Nothing is memory-mapped:
-mapped pages would count as the process's memory next to the weights, and a file that is cut short meanwhile would be a
-bus error. No pickle is ever opened.
+Tensors are read straight into their rows of the joined weights, or through a small buffer (`llama.checkpoint.lanes`)
+where the dtype, the device or the format differs: so weights are packed and quantised while they are read. Nothing is
+memory-mapped: mapped pages would count as the process's memory next to the weights, and a file that is cut short
+meanwhile would be a bus error. No pickle is ever opened.
 """
 
 import dataclasses
@@ -19,22 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama.checkpoint.lanes import CudaLane, HostLane, Lane
 from llama.checkpoint.layout import Place, match
 from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, read_stored, tensor_bytes
 from llama.config import DTYPE_BYTES, LlamaConfig
 from llama.model.formats import BLOCK_ROWS, QUANTISED
 from llama.model.kernels import native
-from llama.model.linear import PackedLinear
 from llama.model.transformer import Llama
 from llama.progress import ProgressBar, describe_bytes
 from llama.strict_json import ConfigError
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-# What is read at a time. Small enough to be nothing beside the weights; large enough that neither the system call nor
-# Python counts.
-_PIECE_BYTES = 2 << 20
-# The same where what is read is packed: within the processor's cache.
-_PACKED_BYTES = 1 << 19
 # As many pieces are read at once. More than processors: while some wait for the disk, others are packed.
 _NUM_READERS = 8
 
@@ -43,7 +38,8 @@ _NUM_READERS = 8
 class _Piece:
     """Consecutive rows of a stored tensor, from byte `offset` of its file.
 
-    target: the rows that they become; or, where those are packed, store: what takes [rows, columns].
+    target: the rows that they become; None where those are packed. store: what brings [rows, columns] there, on the
+    device, without waiting for it.
     """
 
     stored: StoredTensor
@@ -116,52 +112,66 @@ def _check_weights(directory: Path, config: LlamaConfig, weights: str | None, dt
 def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str, Place],
           progress: bool | None) -> None:
     """Read every placed tensor into its rows of the model's weights."""
+    kind = CudaLane if model.device.type == "cuda" else HostLane
     # In the order of the files, which is the order in which disks are fast.
     order = sorted(placed, key=lambda name: (str(stored[name].path), stored[name].offset))
     pieces = [piece for name in order
-              for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module))]
+              for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module), kind, model.device)]
     # Made once: buffers that come and go leave the allocator with many times their size.
-    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    lanes: SimpleQueue[Lane] = SimpleQueue()
     for _ in range(_NUM_READERS):
-        buffers.put(torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8))
+        lanes.put(kind(max(piece.num_bytes for piece in pieces), model.device))
     total_bytes = sum(piece.num_bytes for piece in pieces)
     with (ProgressBar("loading", total_bytes, describe_bytes, shown=progress) as bar,
           ThreadPoolExecutor(_NUM_READERS) as pool):
-        for num_bytes in pool.map(partial(_read_piece, buffers=buffers), pieces):
+        for num_bytes in pool.map(partial(_read_piece, lanes=lanes), pieces):
             bar.add(num_bytes)
+    if kind is CudaLane:
+        torch.cuda.empty_cache()  # what packing took on a lane's stream would be kept for that stream
 
 
-def _cut(stored: StoredTensor, place: Place, module: nn.Module) -> Iterator[_Piece]:
-    """A tensor as pieces of whole rows; of a matrix that is packed on the way, of whole blocks."""
+def _cut(stored: StoredTensor, place: Place, module: nn.Module, kind: type[Lane], device: torch.device
+         ) -> Iterator[_Piece]:
+    """A tensor as pieces of whole rows, as large as the lanes like them; of a matrix that is packed on the way, of whole
+    blocks."""
     num_rows, *columns = place.shape
     row_bytes = stored.num_bytes // num_rows
-    packs = isinstance(module, PackedLinear) and place.attribute == "weight"
+    packs = place.attribute == "weight" and not hasattr(module, "weight")
     if packs:
-        step = max(1, _PACKED_BYTES // row_bytes // BLOCK_ROWS) * BLOCK_ROWS
+        step = max(1, kind.packed_bytes // row_bytes // BLOCK_ROWS) * BLOCK_ROWS
     else:
-        step = max(1, _PIECE_BYTES // row_bytes)
+        step = max(1, kind.piece_bytes // row_bytes)
         own = getattr(module, place.attribute).detach()
         first_row = place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)
     for first in range(0, num_rows, step):
         shape = (min(step, num_rows - first), *columns)
-        target = None if packs else own[first_row + first:first_row + first + shape[0]]
-        store = partial(module.store, place.first_row + first) if packs else target.copy_
+        if packs:
+            target, store = None, partial(_pack, module, place.first_row + first, device)
+        else:
+            target = own[first_row + first:first_row + first + shape[0]]
+            store = partial(target.copy_, non_blocking=True)
         yield _Piece(stored, stored.offset + first * row_bytes, shape, target, store)
 
 
-def _read_piece(piece: _Piece, buffers: SimpleQueue[Tensor]) -> int:
-    """Read one piece to where it belongs; returns its bytes. Safe in as many threads as there are buffers."""
+def _pack(module: nn.Module, first_row: int, device: torch.device, rows: Tensor) -> None:
+    """Have a module pack its rows from `first_row` on, where it lies: a GPU does that faster than they come to it."""
+    module.store(first_row, rows.to(device, non_blocking=True))
+
+
+def _read_piece(piece: _Piece, lanes: SimpleQueue[Lane]) -> int:
+    """Read one piece to where it belongs; returns its bytes. Safe in as many threads as there are lanes."""
     dtype, target = _TORCH_DTYPES[piece.stored.dtype], piece.target
-    if target is not None and target.dtype == dtype and target.device.type == "cpu":
-        _read_into(piece, target.view(-1).view(torch.uint8))
-        return piece.num_bytes
-    buffer = buffers.get()
+    lane = lanes.get()
     try:
-        part = buffer[:piece.num_bytes]
-        _read_into(piece, part)
-        piece.store(part.view(dtype).view(piece.shape))
+        if lane.direct and target is not None and target.dtype == dtype:
+            _read_into(piece, target.view(-1).view(torch.uint8))
+        else:
+            part = lane.buffer[:piece.num_bytes]
+            _read_into(piece, part)
+            lane.enqueue(piece.store, part.view(dtype).view(piece.shape))
+            lane.wait()
     finally:
-        buffers.put(buffer)
+        lanes.put(lane)
     return piece.num_bytes
 
 
