@@ -1,12 +1,14 @@
 """This runtime, llama.cpp and transformers on the same weights, in turns: decode and prefill, and the ratios.
 
     python -m benchmarks.compare --model DIR [--groups bf16,int8,int4] [--gguf FOLDER] [--json]
+    python -m benchmarks.compare --random 8b --device cuda
 
 A turn is a prompt of 512 tokens and 64 new ones, greedy, on all threads. Every contestant is a process of its own and
 meets every turn's prompt, so that a ratio is taken within a minute of the machine; medians and ranges are over the
 turns. Against int8 stands llama.cpp's Q8_0, against int4 its Q4_0, against both and bf16 transformers in bfloat16.
 That all compute the same model is part of the run: the distributions after a prompt are compared. Needs the `bench`
-extra; the GGUF files are written from the checkpoint, once.
+extra; the GGUF files are written from the checkpoint, once. On a GPU the rivals are transformers as it is and transformers
+compiled, with a static cache.
 """
 
 import argparse
@@ -18,32 +20,34 @@ import torch
 
 from benchmarks.common import begin, finish, ratios, show, spread, summary
 from benchmarks.contest import Entry, Outcome, contest
-from benchmarks.contestants import LlamaCpp, Transformers
+from benchmarks.contestants import CompiledTransformers, LlamaCpp, Transformers
 from benchmarks.formats import ours
 from benchmarks.gguf_file import gguf_files
-from llama.config import LlamaConfig
+from benchmarks.weights import Source, add_source, source_of
 
 # llama.cpp's format at the same bits, by ours.
 RIVALS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
-HUGGING_FACE = "transformers bf16"
+HUGGING_FACE, COMPILED = "transformers bf16", "transformers bf16, compiled"
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint in bfloat16; random weights will do")
+    add_source(parser)
     parser.add_argument("--groups", default="bf16,int8,int4", help="our formats, each with its rival")
     parser.add_argument("--no-transformers", action="store_true", help="leave it out")
     parser.add_argument("--gguf", type=Path, help="where the GGUF files are, or are put; default: beside the model")
     parser.add_argument("--prompt", type=int, default=512, help="tokens (default %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens that are counted (default %(default)s)")
     parser.add_argument("--turns", type=int, default=5)
-    args, machine = begin(parser)
-    groups = args.groups.split(",")
-    config = LlamaConfig.from_directory(args.model)
-    outcomes = contest(_entries(args, groups), args.prompt, args.new, args.turns, config.vocab_size, args.threads)
-    print(f"{args.model}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns")
-    results: dict[str, Any] = {"machine": machine, "model": str(args.model), "prompt": args.prompt, "new": args.new,
+    args, machine = begin(parser, on_gpu=True)
+    source, groups = source_of(args), args.groups.split(",")
+    if args.device == "cpu" and source.directory is None:
+        parser.error("llama.cpp wants files: give --model a checkpoint that tools.make_checkpoint wrote")
+    outcomes = contest(_entries(source, args, groups), args.prompt, args.new, args.turns, source.config.vocab_size,
+                       args.threads, args.device)
+    print(f"{source}: a prompt of {args.prompt} tokens, {args.new} new ones, {args.turns} turns")
+    results: dict[str, Any] = {"machine": machine, "model": str(source), "prompt": args.prompt, "new": args.new,
                                "facts": {name: outcome.facts for name, outcome in outcomes.items()}}
     measured = {name: outcome.rates(args.prompt, args.new) for name, outcome in outcomes.items()}
     for kind in ("prefill", "decode"):
@@ -56,17 +60,21 @@ def main() -> None:
     finish(results, args.json)
 
 
-def _entries(args: argparse.Namespace, groups: Sequence[str]) -> dict[str, Entry]:
+def _entries(source: Source, args: argparse.Namespace, groups: Sequence[str]) -> dict[str, Entry]:
     context = args.prompt + args.new + 1
-    files = gguf_files(args.model, args.gguf or args.model / "gguf", [RIVALS[name] for name in groups])
-    entries: dict[str, Entry] = {}
+    on_cpu, entries = args.device == "cpu", {}
     if not args.no_transformers:
-        num_bytes = LlamaConfig.from_directory(args.model).num_weight_bytes("bfloat16")
-        entries[HUGGING_FACE] = Entry(Transformers, (args.model, context), num_bytes)
+        num_bytes = source.config.num_weight_bytes("bfloat16")
+        entries[HUGGING_FACE] = Entry(Transformers, (source, context, args.device), num_bytes)
+        if not on_cpu:
+            entries[COMPILED] = Entry(CompiledTransformers, (source, context, args.device), num_bytes)
+    folder = args.gguf or (args.model or Path()) / "gguf"
+    files = gguf_files(args.model, folder, [RIVALS[name] for name in groups]) if on_cpu else {}
     for name in groups:
-        path = files[RIVALS[name]]
-        entries[f"llama.cpp {RIVALS[name]}"] = Entry(LlamaCpp, (path, context), path.stat().st_size)
-        entries[f"ours {name}"] = ours(args.model, name, context)
+        if on_cpu:
+            path = files[RIVALS[name]]
+            entries[f"llama.cpp {RIVALS[name]}"] = Entry(LlamaCpp, (path, context), path.stat().st_size)
+        entries[f"ours {name}"] = ours(source, name, context, args.device)
     return entries
 
 
@@ -74,7 +82,7 @@ def _results(measured: Mapping[str, Sequence[float]], groups: Sequence[str]) -> 
     """Tokens per second of all; ours against each rival, turn by turn."""
     against: dict[str, dict[str, Any]] = {}
     for name in groups:
-        rivals = [f"llama.cpp {RIVALS[name]}", *([HUGGING_FACE] if HUGGING_FACE in measured else [])]
+        rivals = [rival for rival in (f"llama.cpp {RIVALS.get(name)}", HUGGING_FACE, COMPILED) if rival in measured]
         against[name] = {rival: ratios(measured[f"ours {name}"], measured[rival]) for rival in rivals}
     return {"tokens_per_second": {name: summary(values) for name, values in measured.items()}, "ratios": against}
 
@@ -85,7 +93,8 @@ def _show(kind: str, result: dict[str, Any], groups: Sequence[str]) -> None:
     for name in groups:
         rows.append([name, spread(found[f"ours {name}"]), *(f"{spread(found[rival])}; ours {spread(ratio)} ×"
                                                             for rival, ratio in result["ratios"][name].items())])
-    rivals = ["llama.cpp at the same bits", HUGGING_FACE][:len(rows[0]) - 2]
+    rivals = ["llama.cpp at the same bits" if rival.startswith("llama.cpp") else rival
+              for rival in result["ratios"][groups[0]]]
     show(f"{kind.capitalize()}, tokens/s", ["format", "this runtime", *rivals], rows)
 
 

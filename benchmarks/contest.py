@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.contestants import Distant, Turn
 from llama.machine import available_memory
@@ -35,22 +36,25 @@ class Outcome:
 
 
 def contest(entries: Mapping[str, Entry], prompt_len: int, num_new: int, turns: int, vocab_size: int,
-            num_threads: int) -> dict[str, Outcome]:
+            num_threads: int, device: str = "cpu") -> dict[str, Outcome]:
     """What became of every contestant, each turn after some practice.
 
-    All stay in memory where they fit; otherwise each is started for each of its turns anew, practises, and ends.
+    All stay in memory where they fit; otherwise each is started for each of its turns anew, practises, and ends. On a
+    GPU practice is a whole prompt: the first of a length is when kernels are compiled and libraries choose theirs.
     """
-    resident = sum(entry.num_bytes for entry in entries.values()) * 1.2 < available_memory()
+    free = available_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    resident = sum(entry.num_bytes for entry in entries.values()) * 1.2 < free
     running: dict[str, Distant] = {}
     outcomes = {name: Outcome() for name in entries}
     practice = random_prompt(min(prompt_len, 64), vocab_size, -1)
+    rehearsal = practice if device == "cpu" else random_prompt(prompt_len, vocab_size, -1)
     try:
         for number in range(turns):
             prompt = random_prompt(prompt_len, vocab_size, number)
             for name, entry in entries.items():
                 if name not in running:
                     running[name] = Distant(entry.make, entry.arguments, num_threads)
-                    running[name].ask("turn", practice, min(num_new, 4))
+                    running[name].ask("turn", rehearsal, min(num_new, 4))
                     outcomes[name].facts = running[name].ask("facts")
                     outcomes[name].logits = running[name].ask("logits", practice)
                 outcomes[name].turns.append(running[name].ask("turn", prompt, num_new))

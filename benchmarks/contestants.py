@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from benchmarks.weights import Source, draw
+from llama.checkpoint.layout import places
 
 # What is read between two tokens to see what the memory gives meanwhile: longer than a step of a small model is too long.
 _READ_BYTES = 1 << 28
@@ -46,18 +48,18 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """This runtime's engine. options: dtype and quantize. reads: between any two tokens,
-    read other memory too: its rate may be another in the next second."""
+    """This runtime's engine, with one sequence at a time. options: of `Source.model`. step_tokens: of a prompt, at most.
+    reads: between any two tokens, read other memory too (the CPU's): its rate may be another in the next second."""
 
-    def __init__(self, directory: Path, options: dict[str, Any], context: int, reads: bool = False):
-        from llama.checkpoint.load import load_model
+    def __init__(self, source: Source, options: dict[str, Any], context: int, device: str = "cpu",
+                 step_tokens: int = 512, reads: bool = False):
         from llama.engine.engine import BLOCK_SIZE, Engine
         from llama.engine.limits import Limits
         from llama.model.memory import huge_pages
 
-        weights = options.get("quantize") or "fastest"
-        self._model = load_model(directory, dtype=options.get("dtype"), weights=weights, progress=False)
-        self._engine = Engine(self._model, Limits(max_context=context, max_running=1), context // BLOCK_SIZE + 2)
+        self._model = source.model(**options, device=device)
+        limits = Limits(max_context=context, max_running=1, step_tokens=step_tokens)
+        self._engine = Engine(self._model, limits, context // BLOCK_SIZE + 2)
         self._memory = huge_pages(torch.empty(_READ_BYTES // 4, dtype=torch.int32)).fill_(1) if reads else None
 
     def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
@@ -83,7 +85,8 @@ class Ours:
         from llama.model.ragged import RaggedBatch
 
         with torch.inference_mode():
-            return self._model(RaggedBatch.whole(torch.tensor(prompt)))[-1].numpy()
+            ids = torch.tensor(prompt, device=self._model.device)
+            return self._model(RaggedBatch.whole(ids))[-1].cpu().numpy()
 
     def facts(self) -> dict[str, Any]:
         from benchmarks.common import step_bytes, weight_bytes
@@ -96,31 +99,80 @@ class Ours:
 class Transformers:
     """Hugging Face's model and cache, called directly: its `generate` would add to every token."""
 
-    def __init__(self, directory: Path, context: int):
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    def __init__(self, source: Source, context: int, device: str = "cpu"):
+        self._device = device
+        self._context = context
+        self._model = peer(source, device)
 
     @torch.inference_mode()
     def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
         began = time.perf_counter()
-        out = self._model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        out = self._model(self._row(prompt), use_cache=True, logits_to_keep=1)
         ids = [int(out.logits[0, -1].argmax())]
         first = time.perf_counter()
         for _ in range(num_new):
-            out = self._model(torch.tensor([ids[-1:]]), use_cache=True, past_key_values=out.past_key_values,
-                              logits_to_keep=1)
+            out = self._model(self._row(ids[-1:]), use_cache=True, past_key_values=out.past_key_values, logits_to_keep=1)
             ids.append(int(out.logits[0, -1].argmax()))
         return Turn(first - began, time.perf_counter() - first, ids)
 
     @torch.inference_mode()
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
-        return self._model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float().numpy()
+        return self._model(self._row(prompt), logits_to_keep=1).logits[0, -1].float().cpu().numpy()
 
     def facts(self) -> dict[str, Any]:
         import transformers
 
         return {"version": transformers.__version__}
+
+    def _row(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self._device)
+
+
+class CompiledTransformers(Transformers):
+    """The same model with a static cache and its decode step compiled into a CUDA graph, which is the fastest that its
+    own documentation shows; the ids stay on the device until the end of a turn."""
+
+    def __init__(self, source: Source, context: int, device: str = "cpu"):
+        from transformers import StaticCache
+
+        super().__init__(source, context, device)
+        self._cache = StaticCache(config=self._model.config, max_cache_len=context)
+        self._step = torch.compile(self._model, mode="reduce-overhead")
+
+    @torch.inference_mode()
+    def turn(self, prompt: Sequence[int], num_new: int) -> Turn:
+        self._cache.reset()
+        began = time.perf_counter()
+        out = self._model(self._row(prompt), use_cache=True, past_key_values=self._cache, logits_to_keep=1)
+        last = out.logits[:, -1:].argmax(dim=-1)  # [1, 1]
+        ids = [last]
+        int(last)
+        first = time.perf_counter()
+        position = torch.full_like(last, len(prompt))
+        for _ in range(num_new):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = self._step(last, position_ids=position, use_cache=True, past_key_values=self._cache, logits_to_keep=1)
+            last = out.logits[:, -1:].argmax(dim=-1)
+            position = position + 1
+            ids.append(last)
+        found = torch.cat(ids, dim=1)[0].tolist()
+        return Turn(first - began, time.perf_counter() - first, found)
+
+
+def peer(source: Source, device: str) -> Any:
+    """transformers' model with the same weights, in the dtype that the configuration names."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if source.directory is not None:
+        return AutoModelForCausalLM.from_pretrained(source.directory, dtype="auto").eval().to(device)
+    dtype = getattr(torch, source.config.dtype)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**source.raw_config), dtype=dtype).eval()
+    for name, place in places(source.config).items():
+        weight = model.get_parameter(name).data
+        for first, rows in draw(name, place.shape, dtype, device):
+            weight[first:first + len(rows)].copy_(rows)
+    return model
 
 
 class LlamaCpp:

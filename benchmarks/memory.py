@@ -1,10 +1,11 @@
 """From nothing to a first token: peak memory against the weights' size, and time against that of reading the files.
 
-    python -m benchmarks.memory --model DIR [--formats bf16,int8,int4] [--prompt 8] [--json]
+    python -m benchmarks.memory --model DIR [--formats bf16,int8,int4] [--prompt 8] [--device cuda] [--json]
 
 Every measurement is a process of its own, which begins with Python's start. Before each, and before the files are read
 plainly for comparison, the system forgets the files (posix_fadvise), so that all come from the disk; with --warm it
-reads them all first, so that none do. --prompt sets how many tokens are read: what the activations add to the peak.
+reads them all first, so that none do. --prompt sets how many tokens are read: what the activations add to the peak. With
+--device cuda the peak is still that of the process on the host, and the first turn is what compiles the kernels.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8, help="tokens (default %(default)s)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="with the files in the system's cache")
-    args, machine = begin(parser)
+    args, machine = begin(parser, on_gpu=True)
     files = sorted(args.model.glob("*.safetensors"))
     prepare = read if args.warm else forget
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.formats.split(",")}
@@ -42,7 +43,7 @@ def main() -> None:
 
     def starting(name: str) -> float:
         prepare(files)
-        runs[name].append(start(args.model, name, args.prompt, args.threads))
+        runs[name].append(start(args.model, name, args.prompt, args.threads, args.device))
         return runs[name][-1]["total"]
 
     contestants = {"reading": reading} | {name: lambda name=name: starting(name) for name in runs}
@@ -68,13 +69,13 @@ def main() -> None:
     finish(results, args.json)
 
 
-def start(directory: Path, name: str, prompt_len: int, num_threads: int) -> dict[str, float]:
+def start(directory: Path, name: str, prompt_len: int, num_threads: int, device: str = "cpu") -> dict[str, float]:
     """One process from its start to its first token: seconds of each part, and bytes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     began = time.time()
     process = context.Process(target=_measure, args=(theirs, began, directory, FORMATS[name][0], prompt_len,
-                                                     num_threads))
+                                                     num_threads, device))
     process.start()
     theirs.close()
     try:
@@ -86,18 +87,19 @@ def start(directory: Path, name: str, prompt_len: int, num_threads: int) -> dict
 
 
 def _measure(pipe: Connection, began: float, directory: Path, options: dict[str, Any], prompt_len: int,
-             num_threads: int) -> None:
+             num_threads: int, device: str) -> None:
     from llama.checkpoint.ahead import read_ahead
 
     read_ahead(directory)
     import torch
 
     from benchmarks.contestants import Ours
+    from benchmarks.weights import Source
     from llama.machine import peak_memory
 
     torch.set_num_threads(num_threads)
     imported = time.time()
-    model = Ours(directory, options, prompt_len + 2)
+    model = Ours(Source(directory), options, prompt_len + 2, device)
     loaded = time.time()
     model.turn(range(prompt_len), 0)
     ended = time.time()

@@ -16,6 +16,7 @@ step. Every turn has new prompts, the same in every way, which share their templ
 do, with a tokenizer:
 
     python -m tools.make_checkpoint DIR --shape 1b --vocab-size 1280 --tokenizer llama/demo
+    python -m benchmarks.weights /dev/shm/8b --random 8b --device cuda                       in seconds, for --device cuda
 """
 
 import argparse
@@ -26,9 +27,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common import finish, hardware, ratios, show, spread, summary
+from benchmarks.common import begin, finish, ratios, show, spread, summary
 from benchmarks.ways import Ask, Load, OnEngine, OverHttp, OverPipe, Record, Way
 from llama.checkpoint.pull import resolve
 from llama.text.chat import ChatTemplate
@@ -36,7 +35,7 @@ from llama.text.tokenizer import Tokenizer
 from server.wire import EngineSpec
 
 CONTEXT = 2048
-KV_CACHE_BYTES = 512 * 2**20
+KV_CACHE_BYTES = {"cpu": 512 * 2**20, "cuda": 16 * 2**30}
 SHARE = 0.7  # of what the engine manages: the rate at which requests arrive, unless --rate says another
 
 
@@ -44,7 +43,6 @@ def main() -> None:
     """Run the chosen loads and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a checkpoint with a tokenizer; default: the demo")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the engine")
     parser.add_argument("--only", default=",".join(LOADS), help="loads, separated by commas")
     parser.add_argument("--ways", default=",".join(WAYS), help="ways; the others are compared to the first")
     parser.add_argument("--turns", type=int, default=5, help="of each measurement")
@@ -55,11 +53,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--ttft-goal", type=float, default=1.0, help="seconds (default %(default)s)")
     parser.add_argument("--tpot-goal", type=float, default=0.2, help="seconds (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    machine = hardware()
-    print(f"{machine}\n{args.model or 'the demo model'}; prompts of about {args.prompt_tokens} tokens, "
+    args, machine = begin(parser, on_gpu=True)
+    print(f"{args.model or 'the demo model'}; prompts of about {args.prompt_tokens} tokens, "
           f"{args.new_tokens} new ones on average, {args.requests} requests a turn, {args.turns} turns")
     prompts = Prompts(resolve(args.model and str(args.model)), args.prompt_tokens, args.new_tokens)
     results: dict[str, Any] = {"machine": machine}
@@ -127,7 +122,8 @@ LOADS = {"one": one_at_a_time, "closed": closed_loop, "rate": constant_rate}
 
 def spec(args: argparse.Namespace) -> EngineSpec:
     """The engine that `flags` make the server load."""
-    options = {"max_context": CONTEXT, "kv_cache_bytes": KV_CACHE_BYTES, "progress": False,
+    options = {"max_context": CONTEXT, "kv_cache_bytes": KV_CACHE_BYTES[args.device], "device": args.device,
+               "progress": False,
                "limits": {"max_running": args.together}}
     return EngineSpec(args.model and str(args.model), options, args.threads)
 
@@ -135,8 +131,8 @@ def spec(args: argparse.Namespace) -> EngineSpec:
 def flags(args: argparse.Namespace) -> list[str]:
     """The server's flags."""
     model = [] if args.model is None else ["--model", str(args.model)]
-    return [*model, "--threads", str(args.threads), "--context", str(CONTEXT),
-            "--kv-cache", str(KV_CACHE_BYTES), "--max-running", str(args.together)]
+    return [*model, "--threads", str(args.threads), "--device", args.device, "--context", str(CONTEXT),
+            "--kv-cache", str(KV_CACHE_BYTES[args.device]), "--max-running", str(args.together)]
 
 
 WAYS = {"engine": lambda args: OnEngine(spec(args)), "pipe": lambda args: OverPipe(spec(args)),

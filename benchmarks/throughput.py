@@ -1,6 +1,7 @@
 """Many requests on one engine: batch size, mixed load, shared prefixes, guessed tokens, determinism's cost.
 
     python -m benchmarks.throughput --model DIR [--only batch,mixed,prefix,speculation,deterministic] [--json]
+    python -m benchmarks.throughput --random 8b --device cuda --only deterministic
 
 Peers (the `bench` extra) run in turns with this runtime, on the same weights and the same prompts.
 """
@@ -10,19 +11,19 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import finish, hardware, interleaved, ratios, show, spread, step_bytes, summary
-from benchmarks.roofline import read_bandwidth
+from benchmarks.common import begin, finish, interleaved, ratios, show, spread, step_bytes, summary
+from benchmarks.contestants import peer
+from benchmarks.formats import STEP_TOKENS
+from benchmarks.roofline import bandwidth_of
+from benchmarks.weights import Source, add_source, source_of
 from llama.engine.engine import Engine
 from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import Event, Request, SamplingParams, TokenEvent
-from llama.checkpoint.load import load_model
-from llama.model.formats import QUANTISED
 from llama.model.transformer import Llama
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0, ignore_eos=True)
@@ -32,18 +33,16 @@ NUM_BLOCKS = 1024  # of 16 positions
 def main() -> None:
     """Run the chosen sections and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory; random weights will do")
-    parser.add_argument("--quantize", choices=QUANTISED, help="round the weights")
+    add_source(parser)
+    parser.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="round the weights")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement")
     parser.add_argument("--no-peers", action="store_true", help="this runtime alone")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
-    machine = hardware()
-    bandwidth = read_bandwidth()
-    model = load_model(args.model, weights=args.quantize or "fastest")
+    args, machine = begin(parser, on_gpu=True)
+    bandwidth = bandwidth_of(args.device)
+    model = source_of(args).model(quantize=args.quantize, device=args.device)
     weight_bytes = step_bytes(model)
-    print(f"{machine}\nread bandwidth {bandwidth / 1e9:.1f} GB/s; a step reads {weight_bytes / 1e9:.2f} GB of weights: "
+    print(f"bandwidth {bandwidth / 1e9:.1f} GB/s; a step reads {weight_bytes / 1e9:.2f} GB of weights: "
           f"at most {bandwidth / weight_bytes:.1f} steps/s")
     results: dict[str, Any] = {"machine": machine, "bandwidth": bandwidth, "weight_bytes": weight_bytes}
     for name in args.only.split(","):
@@ -72,7 +71,8 @@ def run(engine: Engine, requests: Sequence[Request]) -> tuple[float, list[tuple[
 
 def make_engine(model: Llama, **options: Any) -> Engine:
     """An engine with a cache of its own."""
-    return Engine(model, Limits(max_context=8192), NUM_BLOCKS, **options)
+    limits = Limits(max_context=8192, step_tokens=STEP_TOKENS[model.device.type])
+    return Engine(model, limits, NUM_BLOCKS, **options)
 
 
 def with_tokens(count: int) -> SamplingParams:
@@ -87,7 +87,7 @@ def batch(model: Llama, args: argparse.Namespace, ceiling: float) -> dict[str, A
     """Tokens per second against the number of sequences, beside transformers."""
     prompt_len, new_tokens = 64, 32
     rows, results = [], {}
-    peers = {} if args.no_peers else _transformers(args.model, model.dtype, new_tokens)
+    peers = {} if args.no_peers else _transformers(source_of(args), args.device, new_tokens)
     for size in (1, 2, 4, 8, 16):
         texts = prompts(model, size, prompt_len, seed=size)
 
@@ -214,15 +214,18 @@ def deterministic(model: Llama, args: argparse.Namespace, ceiling: float) -> dic
             "decode, 1 sequence": lambda: [Request("d", eight[0], with_tokens(24))],
             "decode, 8 sequences": lambda: [Request(str(i), ids, with_tokens(24)) for i, ids in enumerate(eight)]}
     results, rows = {}, []
+    engines = {wanted: make_engine(model, prefix_sharing=False) for wanted in (False, True)}
     for name, requests in work.items():
 
         def taken(wanted: bool) -> float:
             model.set_deterministic(wanted)
             try:
-                return run(make_engine(model), requests())[0]
+                return run(engines[wanted], requests())[0]
             finally:
                 model.set_deterministic(False)
 
+        for wanted in engines:
+            taken(wanted)  # practice: the first time kernels are compiled and graphs are captured
         measured = interleaved({"plain": lambda: taken(False), "same bits": lambda: taken(True)}, args.repeats)
         results[name] = ratios(measured["same bits"], measured["plain"])
         rows.append([name, *(spread(summary(values), " s") for values in measured.values()), spread(results[name])])
@@ -242,7 +245,7 @@ class _Steered:
 
     def __init__(self, model: Llama, text: Sequence[int]):
         self._model = model
-        self._text = torch.tensor(text)
+        self._text = torch.tensor(text, device=model.device)
         self._positions = torch.tensor([0])
 
     def __getattr__(self, name: str) -> Any:
@@ -268,25 +271,25 @@ def _decode_rate(model: Llama, texts: Sequence[tuple[int, ...]], new_tokens: int
     return len(texts) / statistics.median(steps)
 
 
-def _transformers(directory: Path, dtype: torch.dtype, new_tokens: int
+def _transformers(source: Source, device: str, new_tokens: int
                   ) -> dict[str, Callable[[Sequence[tuple[int, ...]]], float]]:
     """transformers on the same weights, in tokens/s: plain batched generate, and its continuous batching."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    theirs = peer(source, device)
     config = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, eos_token_id=-1,
                               pad_token_id=0)
 
     @torch.inference_mode()
     def generate(texts: Sequence[tuple[int, ...]]) -> float:
         began = time.perf_counter()
-        out = peer.generate(torch.tensor(texts), generation_config=config)
+        out = theirs.generate(torch.tensor(texts, device=device), generation_config=config)
         return (out.shape[1] - len(texts[0])) * len(texts) / (time.perf_counter() - began)
 
     @torch.no_grad()  # not inference mode: its loop is a thread of its own, which would be outside
     def generate_batch(texts: Sequence[tuple[int, ...]]) -> float:
         began = time.perf_counter()
-        out = peer.generate_batch(inputs=[list(ids) for ids in texts], generation_config=config, progress_bar=False)
+        out = theirs.generate_batch(inputs=[list(ids) for ids in texts], generation_config=config, progress_bar=False)
         return sum(len(one.generated_tokens) for one in out.values()) / (time.perf_counter() - began)
 
     return {"transformers generate": generate, "transformers generate_batch": generate_batch}

@@ -12,6 +12,8 @@ from typing import Any
 from llama.strict_json import ConfigError, read_flag, read_json_object, read_number, read_token_ids
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What keys and values may be rounded to: 8 bits, and a float32 for each head of a token.
+QUANTISED_KV = ("int8", "fp8")
 # Bits of one weight in the quantised formats (`llama.model.formats`), and those that each row has beside its weights.
 QUANTISED_BITS = {"int8": 8, "int4": 5}
 _ROW_BITS = {"int8": 32, "int4": 0}
@@ -118,8 +120,8 @@ class LlamaConfig:
         return most if wanted is None else wanted
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
-        """Bytes that one position takes in the KV cache, all layers together; "int8" has a float32 for each head."""
-        head_bytes = self.head_dim + 4 if dtype == "int8" else self.head_dim * DTYPE_BYTES[dtype or self.dtype]
+        """Bytes that one position takes in the KV cache, all layers together, in a dtype or one of QUANTISED_KV."""
+        head_bytes = self.head_dim + 4 if dtype in QUANTISED_KV else self.head_dim * DTYPE_BYTES[dtype or self.dtype]
         return 2 * self.num_layers * self.num_kv_heads * head_bytes
 
     @classmethod

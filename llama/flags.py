@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from llama.config import DTYPE_BYTES, QUANTISED_BITS
+from llama.config import DTYPE_BYTES, QUANTISED_BITS, QUANTISED_KV
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4,
           "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
@@ -18,8 +18,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
                        help="dtype of weights and KV cache; by default the checkpoint's own")
     group.add_argument("--quantize", choices=tuple(QUANTISED_BITS),
                        help="round the weights to 8 or 4 bits while they are read: less memory, more speed, some loss")
-    group.add_argument("--kv-cache-dtype", choices=("int8",), metavar="int8",
-                       help="keep keys and values as int8: about half the memory, some loss")
+    group.add_argument("--kv-cache-dtype", choices=QUANTISED_KV,
+                       help="keep keys and values at 8 bits: about half the memory, some loss")
     group.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda or cuda:N")
     group.add_argument("--threads", type=count, metavar="N",
                        help="CPU threads; by default as many as torch chooses")
@@ -33,7 +33,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--kv-cache", type=size, metavar="SIZE",
                        help="memory for keys and values, such as 4GiB; by default what can be used, but at "
-                       "most half of what is free")
+                       "most half of what is free; of a GPU, nearly all")
     guesses = group.add_mutually_exclusive_group()
     guesses.add_argument("--prompt-lookup", action="store_true",
                          help="guess repeated text ahead: the same output, faster where it copies")

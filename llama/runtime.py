@@ -16,7 +16,7 @@ from torch import Tensor
 from llama.checkpoint.load import load_model
 from llama.checkpoint.pull import resolve
 from llama.completion import Completion, Delta
-from llama.config import ConfigError, LlamaConfig
+from llama.config import QUANTISED_KV, ConfigError, LlamaConfig
 from llama.driver import Driver
 from llama.engine.draft import DraftModel
 from llama.engine.engine import BLOCK_SIZE, SCORED_ROWS, Engine
@@ -37,6 +37,9 @@ from llama.text.functions import tool_schema
 from llama.text.matcher import GrammarCompiler
 from llama.text.tokenizer import Tokenizer
 from llama.toolbox import Toolbox
+
+# What the KV cache leaves of a GPU's memory, beside a tenth: for the activations of the longest step and captured graphs.
+GPU_RESERVE_BYTES = 3 << 30
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -71,11 +74,11 @@ class Llama:
         dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. quantize: "int8" or "int4"
         rounds the weights while they are read (`llama.model.formats`). max_context: positions at most; by default what
         the model was made for. kv_cache_bytes: memory for keys and values; by default as much as the requests that may
-        run together can use, but at most half of what is free. kv_cache_dtype: "int8" keeps them in half of it.
-        prompt_lookup: guess repeated text ahead (`llama.engine.propose`). draft: a smaller checkpoint with the same
-        tokenizer that guesses instead (`llama.engine.draft`). deterministic: the same bits for a request whatever it
-        shares the engine with, at some cost in speed. limits: fields of `llama.engine.limits.Limits` to set
-        otherwise. progress: whether to show bars; by default on a terminal.
+        run together can use, but at most half of what is free (of a GPU, nearly all). kv_cache_dtype: "int8" or "fp8"
+        keeps them in half of it. prompt_lookup: guess repeated text ahead (`llama.engine.propose`). draft: a smaller
+        checkpoint with the same tokenizer that guesses instead (`llama.engine.draft`). deterministic: the same bits for
+        a request whatever it shares the engine with, at some cost in speed. limits: fields of
+        `llama.engine.limits.Limits` to set otherwise. progress: whether to show bars; by default on a terminal.
 
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
         """
@@ -92,15 +95,17 @@ class Llama:
             raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                               f"{config.vocab_size}; they are not of one checkpoint")
         limits = Limits(max_context=config.context_length(max_context), **(limits or {}))
-        int8_cache = _is_int8(kv_cache_dtype)
-        num_blocks = _num_blocks(model, limits, kv_cache_bytes, int8_cache)
+        if kv_cache_dtype not in (None, *QUANTISED_KV):
+            raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported; give \"int8\" or \"fp8\", or nothing for "
+                              "the model's own")
+        num_blocks = _num_blocks(model, limits, kv_cache_bytes, kv_cache_dtype)
         proposer = PromptLookup() if prompt_lookup else None
         if draft is not None:
             proposer = _load_draft(draft, tokenizer, model, num_blocks, progress)
         eos_token_ids = eos_token_ids or config.eos_token_ids
         grammars = GrammarCompiler(tokenizer, eos_token_ids)
         engine = Engine(model, limits, num_blocks, eos_token_ids, proposer, compiler=grammars,
-                        int8_cache=int8_cache)
+                        kv_cache_dtype=kv_cache_dtype)
         return cls(model, tokenizer, template, engine, defaults, directory, grammars)
 
     @property
@@ -250,7 +255,7 @@ class Llama:
                 raise RequestError("prompt", f"the id {token_id} is outside the vocabulary of "
                                    f"{self.config.vocab_size} tokens")
         device, step = self.model.device, self.engine.scheduler.limits.step_tokens
-        cache = KVCache(self.config, 1, len(ids), self.model.dtype, device, self.engine.cache.key_scales is not None)
+        cache = KVCache(self.config, len(ids), 1, self.model.dtype, device, self.engine.cache.quantised)
         for start in range(0, len(ids), step):
             positions = torch.arange(start, min(start + step, len(ids)), device=device)
             segment = Segment(start, len(positions), ((0, start + len(positions)),))
@@ -258,27 +263,24 @@ class Llama:
             yield self.model.hidden(batch, cache)
 
 
-def _is_int8(kv_cache_dtype: str | None) -> bool:
-    if kv_cache_dtype not in (None, "int8"):
-        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported; give \"int8\", or nothing for the model's own")
-    return kv_cache_dtype is not None
-
-
-def _num_blocks(model: Transformer, limits: Limits, kv_cache_bytes: int | None, int8_cache: bool) -> int:
+def _num_blocks(model: Transformer, limits: Limits, kv_cache_bytes: int | None, kv_cache_dtype: str | None) -> int:
     """Blocks of the KV cache within its memory. Raises ConfigError if that is less than one."""
     block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(
-        "int8" if int8_cache else str(model.dtype).removeprefix("torch."))
+        kv_cache_dtype or str(model.dtype).removeprefix("torch."))
     useful = limits.max_running * -(-limits.max_context // BLOCK_SIZE)
-    budget = _free_memory(model.device) // 2 if kv_cache_bytes is None else kv_cache_bytes
+    budget = _cache_budget(model.device) if kv_cache_bytes is None else kv_cache_bytes
     if budget < block_bytes:
         raise ConfigError(f"{budget} bytes for the KV cache hold not one block of {BLOCK_SIZE} positions, which "
                           f"takes {block_bytes}; give kv_cache_bytes more")
     return min(useful, budget // block_bytes)
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free where the model lies."""
-    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+def _cache_budget(device: torch.device) -> int:
+    """Bytes for the KV cache where the model lies: half of what is free, for others need memory too; of a GPU, which has
+    nobody else, nine tenths, less what activations and captured graphs take."""
+    if device.type == "cpu":
+        return available_memory() // 2
+    return max(torch.cuda.mem_get_info(device)[0] * 9 // 10 - GPU_RESERVE_BYTES, 0)
 
 
 def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_blocks: int, progress: bool | None

@@ -81,7 +81,7 @@ def load_model(directory: str | Path, *, dtype: str | None = None, device: torch
     if name not in DTYPE_BYTES:
         raise CheckpointError(f"dtype {quoted(name)} is not supported; use one of {', '.join(DTYPE_BYTES)}")
     if weights == "fastest":
-        weights = _fastest_weights(name, device)
+        weights = fastest_weights(name, device)
     _check_weights(directory, config, weights, name, device)
     if weights in QUANTISED:
         config = dataclasses.replace(config, quantization=weights)
@@ -90,7 +90,8 @@ def load_model(directory: str | Path, *, dtype: str | None = None, device: torch
     return model
 
 
-def _fastest_weights(dtype: str, device: torch.device | str) -> str | None:
+def fastest_weights(dtype: str, device: torch.device | str) -> str | None:
+    """The format in which weights of this dtype are multiplied fastest here without being rounded further."""
     packs = dtype == "bfloat16" and torch.device(device).type == "cpu" and native.library() is not None
     return "bf16" if packs else None
 

@@ -83,8 +83,8 @@ def _read_with_reference(args: argparse.Namespace, text: str, length: int) -> tu
     """The text's ids, and what the reference makes of them: that model is gone before the other one comes."""
     from llama.evaluation.text import Reference
 
-    changed = {"quantize": None} | ({"dtype": args.against} if args.against in DTYPE_BYTES else
-                                    {"dtype": None, "model": args.against})
+    changed = {"quantize": None, "kv_cache_dtype": None} | (
+        {"dtype": args.against} if args.against in DTYPE_BYTES else {"dtype": None, "model": args.against})
     llm = load(argparse.Namespace(**vars(args) | changed))
     ids = llm.encode(text)
     texts = _windows(args, ids, length)

@@ -4,25 +4,33 @@
     guess   what comes after those, where somebody can                              (propose, draft)
     run     the model on all of them at once, then the sampler                      (model, sampler)
     commit  append what was drawn, end what has ended, report                       (scheduler)
+
+A GPU runs behind: `run` only enqueues there, and before what it draws is waited for and committed, the step after it is
+planned and enqueued too, where that can be foreseen.
 """
 
-from collections.abc import Container, Iterable, Sequence as Ordered
+from collections.abc import Container, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llama.engine.batch import ragged_batch
+from llama.engine.batch import ragged_batch, sample_rows
 from llama.engine.blocks import BlockPool
 from llama.engine.constraint import PATIENCE_SECONDS, Compilation, Compiler, ConstraintError
+from llama.engine.device import Device, device_of
+from llama.engine.flight import Flight
+from llama.engine.graphs import DecodeGraphs
 from llama.engine.limits import Limits
 from llama.engine.propose import Proposer
 from llama.engine.request import Event, Request, RequestError, StepError, TokenEvent, TokenLogprob
-from llama.engine.sampler import SampleRow, log_probabilities, sample
+from llama.engine.sampler import Draw, draw
 from llama.engine.scheduler import Scheduler
+from llama.engine.scores import log_probabilities
 from llama.engine.sequence import Sequence
-from llama.engine.step import Outcome, Plan, Scheduled
-from llama.engine.tracing import bound_plan, look_at_logits, step_tap, trace_events
+from llama.engine.step import Plan
+from llama.engine.tracing import bound_plan, caught, look_at_logits, step_tap
+from llama.engine.upload import upload
 from llama.model.cache import KVCache
 from llama.model.plan import BoundPlan
 from llama.model.tap import Tap
@@ -38,23 +46,29 @@ class Engine:
     """One model, one cache, any number of requests. Not thread-safe: one caller submits, cancels and steps.
 
     num_blocks: size of the KV cache, in blocks of BLOCK_SIZE positions. eos_token_ids: what ends a turn.
-    compiler: of grammars; without one, requests must have none. int8_cache: keep keys and values as int8.
+    compiler: of grammars; without one, requests must have none. kv_cache_dtype: "int8" or "fp8" keeps keys and
+    values so. device: where to compute; that of the model's weights.
     """
 
     def __init__(self, model: Llama, limits: Limits, num_blocks: int, eos_token_ids: Iterable[int] = (),
                  proposer: Proposer | None = None, prefix_sharing: bool = True, compiler: Compiler | None = None,
-                 int8_cache: bool = False):
+                 kv_cache_dtype: str | None = None, device: Device | None = None):
         self.model = model
-        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device, int8_cache)
+        self._device = device_of(model.device) if device is None else device
+        self.cache = KVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, model.device, kv_cache_dtype)
         pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(limits, pool, tuple(eos_token_ids), proposer, prefix_sharing)
         self._compilation = None if compiler is None else Compilation(compiler)
-        self._refusals: list[Event] = []  # the ends of sequences that were not reported yet
+        room = min(limits.max_context, num_blocks * BLOCK_SIZE)
+        self._graphs = DecodeGraphs(model, self.cache, self._device, limits.max_running, room) \
+            if self._device.captures else None
+        self._flight: Flight | None = None  # what was enqueued and has not landed
+        self._unreported: list[Event] = []  # what has happened and was not reported yet
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work or bool(self._refusals)
+        return self.scheduler.has_work or bool(self._unreported) or self._flight is not None
 
     @property
     def cache_usage(self) -> float:
@@ -100,22 +114,56 @@ class Engine:
         tried again for some of those requests, with the same draws.
         """
         self._take_constraints()
-        plan = self.scheduler.plan(only)
-        if not plan.scheduled:
-            self._take_constraints(PATIENCE_SECONDS)
-            return self._take_refusals()
-        try:
-            self.scheduler.guess(plan)
-            outcomes, captured = self._run(plan)
-        except ConstraintError as error:
-            self._refuse(error.sequence, str(error))
-            return self._take_refusals()
-        except Exception as error:
-            names = dict.fromkeys(item.sequence.request.id for item in plan.scheduled)
-            raise StepError(tuple(names)) from error
-        events = [*self._take_refusals(), *captured, *self.scheduler.commit(plan, outcomes)]
+        if self._flight is not None and only is not None:
+            self._unreported += self._land()  # it was for others too
+        if self._flight is None:
+            plan = self.scheduler.plan(only)
+            if not plan.scheduled:
+                self._take_constraints(PATIENCE_SECONDS)
+                return self._take_unreported()
+            try:
+                self.scheduler.guess(plan)
+                self._flight = self._run(plan)
+            except ConstraintError as error:
+                self._refuse(error.sequence, str(error))
+                return self._take_unreported()
+            except Exception as error:
+                raise StepError(plan.request_ids) from error
+        events = self._land(self._run_ahead() if only is None else None)
+        events = [*self._take_unreported(), *events]
         if not self.has_work:
             self.check()
+        return events
+
+    def _run_ahead(self) -> Flight | None:
+        """Enqueue the step after the one in flight, if that can be foreseen."""
+        plan = self.scheduler.plan_ahead(self._flight.plan) if self._graphs is not None else None
+        if plan is None:
+            return None
+        try:
+            return self._run(plan)
+        except Exception:
+            return None  # not yet: whoever is at fault is told when this step is the next one, and is made anew
+
+    def _land(self, ahead: Flight | None = None) -> list[Event]:
+        """Wait for the step in flight, commit and report it. ahead: the one that is in flight after it.
+
+        Whoever has left since a step was launched, having ended or been cancelled, is dropped from it here, though the
+        device still computes its token, in blocks that may be another's by now. That does no harm: such a token writes
+        only the key and value of its own position, into a block that nobody shared and nobody could find by its content,
+        for it was not full; and what the block's new holder computes, or a copy made of it, is enqueued after this step
+        and so comes after it.
+        """
+        flight, self._flight = self._flight, None
+        alive = set(self.scheduler.running)
+        try:
+            landing = flight.land(alive)
+        except Exception as error:
+            raise StepError(flight.plan.request_ids) from error
+        events = [*landing.captured, *self.scheduler.commit(landing.plan, landing.outcomes)]
+        if ahead is not None and not landing.is_amended:
+            alive = set(self.scheduler.running)
+            self._flight = ahead if any(item.sequence in alive for item in ahead.plan.scheduled) else None
         return events
 
     def _take_constraints(self, patience: float = 0.0) -> None:
@@ -126,64 +174,40 @@ class Engine:
     def _refuse(self, sequence: Sequence, why: str) -> None:
         """End a sequence that cannot follow its grammar, with the samples that would have split off from it."""
         request_id = sequence.request.id
-        self._refusals += [TokenEvent(request_id, index, None, finish_reason="error", error=why, field="grammar")
-                           for index in sequence.samples if self.scheduler.cancel(request_id, index)]
+        self._unreported += [TokenEvent(request_id, index, None, finish_reason="error", error=why, field="grammar")
+                             for index in sequence.samples if self.scheduler.cancel(request_id, index)]
 
-    def _take_refusals(self) -> list[Event]:
-        """The ends to report; a step that fails leaves them to the next."""
-        refusals, self._refusals = self._refusals, []
-        return refusals
+    def _take_unreported(self) -> list[Event]:
+        """The events to report; a step that fails leaves them to the next."""
+        unreported, self._unreported = self._unreported, []
+        return unreported
 
-    def _run(self, plan: Plan) -> tuple[list[Outcome], list[Event]]:
-        """The step's outcomes, and what trace plans captured in it."""
+    def _run(self, plan: Plan) -> Flight:
+        """Enqueue a step: the copies that it needs, the model, the draws."""
         while plan.copies:
             self.cache.copy_block(*plan.copies[0])
             del plan.copies[0]
+        before = None if plan.follows is None else self._flight.draw.ids
+        replayed = None if self._graphs is None else self._graphs.run(plan, before)
+        if replayed is not None:
+            logits, found = replayed
+            return Flight(self._device, plan, self._draw(plan, logits), [()] * len(plan.scheduled), found)
         batch = ragged_batch(plan.scheduled, BLOCK_SIZE, self.model.device)
         at = step_tap(plan.scheduled, batch, self.model, self.cache)
         hidden = self.model.hidden(batch, self.cache, at)
-        draws = self._draw(plan, hidden[batch.logit_rows], at.rows(batch.logit_rows))
+        drawn = None
+        if len(batch.logit_rows):
+            drawn = self._draw(plan, self.model.logits(hidden[batch.logit_rows], at.rows(batch.logit_rows)))
         scores = self._score_prompts(plan, hidden, at)
         look_at_logits(self.model, hidden, batch, at)
-        return [Outcome(draw, score) for draw, score in zip(draws, scores)], trace_events(plan.scheduled, at)
+        return Flight(self._device, plan, drawn, scores, caught(plan.scheduled, at))
 
-    def _draw(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[tuple[TokenLogprob, ...], ...]]:
-        """The next tokens of everyone who has come to the end of what is known. hidden: [logit rows, hidden]."""
-        if len(hidden) == 0:
-            return [()] * len(plan.scheduled)
-        logits = self.model.logits(hidden, at)
-        places, rows = [], []
-        first = 0
-        for item in plan.scheduled:
-            if item.samples:
-                masks = _masks(item)
-                for index in item.sequence.samples:
-                    rows += self._sample_rows(item, index, masks)
-                    places += range(first, first + 1 + len(item.draft))
-                first += 1 + len(item.draft)
-        drawn = iter(sample(logits if len(places) == len(logits) else logits[places], rows))
-        return [tuple(tuple(next(drawn) for _ in range(1 + len(item.draft)))
-                      for _ in item.sequence.samples) if item.samples else ()
-                for item in plan.scheduled]
-
-    def _sample_rows(self, item: Scheduled, index: int, masks: Ordered[np.ndarray | None]) -> list[SampleRow]:
-        """One row for the token after the last known one, and one after each guess, as if those were known."""
-        sequence, params = item.sequence, item.sequence.request.params
-        rows, counts = [], sequence.counts
-        prompt_ids = () if params.repetition_penalty == 1 else sequence.distinct_prompt_ids
-        for guessed in range(1 + len(item.draft)):
-            if guessed:
-                counts = counts.copy()
-                counts[item.draft[guessed - 1]] += 1
-            mask, banned = masks[guessed], ()
-            too_short = sequence.num_generated + guessed < params.min_tokens
-            if too_short:
-                banned = (*self.scheduler.eos_token_ids, *params.stop_token_ids)
-                if mask is not None and not _leaves_any(mask, banned):
-                    banned = ()  # the text is whole: its grammar has nothing more to say
-            rows.append(SampleRow(params, sequence.seed, index, len(sequence.ids) + guessed,
-                                  prompt_ids, counts, banned, mask))
-        return rows
+    def _draw(self, plan: Plan, logits: Tensor) -> Draw:
+        """Begin to draw the next tokens of everyone who has come to the end of what is known. logits: [rows, vocab]."""
+        places, rows = sample_rows(plan.scheduled, self.scheduler.eos_token_ids)
+        if len(places) > len(logits):  # several samples of one prompt
+            logits = logits[upload(logits.device, np.array(places))[0]]
+        return draw(logits, rows)
 
     def _score_prompts(self, plan: Plan, hidden: Tensor, at: Tap) -> list[tuple[TokenLogprob, ...]]:
         """Log probabilities of the prompts that want them, a few rows of logits at a time."""
@@ -204,24 +228,9 @@ class Engine:
         return results
 
     def check(self) -> None:
-        """Raise AssertionError unless the books agree with each other."""
+        """Raise AssertionError unless the books agree with each other, and with what is in flight."""
+        alive = set(self.scheduler.running)
+        for item in () if self._flight is None else self._flight.plan.scheduled:
+            assert item.sequence not in alive or item.start + item.length <= len(item.sequence.table) * BLOCK_SIZE, \
+                "somebody in flight has no room for its next position"
         self.scheduler.check()
-
-
-def _masks(item: Scheduled) -> Ordered[np.ndarray | None]:
-    """What the grammar allows in each of a sequence's rows, if it has one. Raises ConstraintError."""
-    constraint = item.sequence.constraint
-    if constraint is None:
-        return [None] * (1 + len(item.draft))
-    try:
-        return constraint.masks(item.draft)
-    except ValueError as error:
-        raise ConstraintError(item.sequence, str(error)) from error
-
-
-def _leaves_any(mask: np.ndarray, banned: Iterable[int]) -> bool:
-    """Whether a mask ([bytes], a bit an id) allows anything but these ids."""
-    left = mask.copy()
-    for token_id in banned:
-        left[token_id // 8:token_id // 8 + 1] &= 255 ^ 1 << token_id % 8  # none there: a row without an id
-    return bool(left.any())

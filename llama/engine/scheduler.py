@@ -130,10 +130,57 @@ class Scheduler:
                 self._make_room(sequence, item.length + len(draft), plan)
                 budget -= len(draft)
 
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The step after `plan`, of which nothing has come out yet: everyone who goes on, one token further.
+
+        None where that cannot be foreseen: somebody would begin, or give way, or is in the middle of a prompt; guesses
+        need the ids; a draw depends on the token that is not known yet.
+        """
+        if self.proposer is not None:
+            return None
+        alive, block_size = set(self.running), self.pool.block_size
+        ahead = Plan(follows=[])
+        num_alive = num_missing = 0
+        for place, item in enumerate(plan.scheduled):
+            sequence, start = item.sequence, item.num_known
+            if sequence not in alive:
+                continue  # has ended, or was cancelled, since this was planned
+            num_alive += 1
+            if start + 1 >= self.max_ids(sequence.request):
+                continue  # ends with the token that is being drawn
+            block = start // block_size
+            is_missing = block == len(sequence.table)
+            if not (item.samples and sequence.is_foreseeable(start)) \
+                    or not is_missing and self.pool.is_shared(sequence.table[block]):
+                return None
+            num_missing += is_missing
+            ahead.scheduled.append(Scheduled(sequence, start, 1))
+            ahead.follows.append(place)
+        somebody_goes, somebody_is_left_out = len(ahead.scheduled) < len(plan.scheduled), num_alive < len(alive)
+        somebody_comes = self.waiting and (somebody_goes or self._prefix(self.waiting[0]) is not None)
+        if somebody_is_left_out or somebody_comes or not ahead.scheduled or num_missing > self.pool.num_available:
+            return None
+        for item in ahead.scheduled:
+            table = item.sequence.table
+            if item.start // block_size == len(table):
+                table += self.pool.allocate(1, table[-1])
+        return ahead
+
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence on the longest prefix that the pool still has, if all of it will fit."""
-        if sum(len(other.samples) for other in (*self.running, sequence)) > self.limits.max_running:
+        shared = self._prefix(sequence)
+        if shared is None:
             return False
+        self.pool.hold(shared)
+        sequence.table = list(shared)
+        sequence.num_computed = len(shared) * self.pool.block_size
+        sequence.num_published = len(shared)
+        return True
+
+    def _prefix(self, sequence: Sequence) -> list[int] | None:
+        """The blocks of the longest prefix of a waiting sequence that the pool still has; None if it cannot begin now."""
+        if sum(len(other.samples) for other in (*self.running, sequence)) > self.limits.max_running:
+            return None
         block_size = self.pool.block_size
         shared: list[int] = []
         if self.prefix_sharing and not sequence.wants_prompt_scores:
@@ -142,13 +189,7 @@ class Scheduler:
             shared = self.pool.match(sequence.digest(block, block_size) for block in range(num_full))
         needed = -(-len(sequence.ids) // block_size) - len(shared) + self.pool.num_kept(shared)
         owed = sum(max(-(-len(other.ids) // block_size) - len(other.table), 1) for other in self.running)
-        if self.running and needed + owed > self.pool.num_available:
-            return False
-        self.pool.hold(shared)
-        sequence.table = list(shared)
-        sequence.num_computed = len(shared) * block_size
-        sequence.num_published = len(shared)
-        return True
+        return None if self.running and needed + owed > self.pool.num_available else shared
 
     def _make_room(self, sequence: Sequence, length: int, plan: Plan) -> bool:
         """Give the sequence blocks of its own for its next `length` positions, the youngest's if need be.
@@ -248,7 +289,7 @@ class Scheduler:
             sequence.num_computed += 1
         if draft:
             sequence.learn(len(draft), len(events) - 1)
-        if sequence in self.running:
+        if not reason:
             self._publish(sequence)
         return events
 

@@ -90,6 +90,13 @@ class Sequence:
         """Whether log probabilities of the prompt are still to be reported, so that all of it must be computed."""
         return self.request.params.prompt_logprobs is not None and self.num_prompt_scored < self.num_prompt
 
+    def is_foreseeable(self, position: int) -> bool:
+        """Whether the token at a position can be computed, and the next one drawn, while nobody but the device knows it."""
+        params = self.request.params
+        is_plain = params.grammar is None and params.repetition_penalty in (None, 1) \
+            and not (params.frequency_penalty or params.presence_penalty)
+        return is_plain and not self.forks and (self.plan is None or self.plan.replayable(position) is not None)
+
     @property
     def first_looked_at(self) -> int:
         """The first position that must be computed, even if the pool has it, because the plan captures something there;

@@ -21,9 +21,19 @@ class Scheduled:
         return [*self.sequence.ids[self.start:self.start + self.length - len(self.draft)], *self.draft]
 
     @property
+    def num_known(self) -> int:
+        """Tokens of the sequence up to the last of these that is no guess; in a step ahead, one more than it has yet."""
+        return self.start + self.length - len(self.draft)
+
+    @property
     def samples(self) -> bool:
         """Whether this reaches the end of what is known, so that the next token can be drawn."""
-        return self.start + self.length - len(self.draft) == len(self.sequence.ids)
+        return self.num_known >= len(self.sequence.ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether a token is drawn after each of these."""
+        return self.samples and self.length == 1 + len(self.draft)
 
 
 @dataclass
@@ -31,10 +41,19 @@ class Plan:
     """One step: what is computed, after copying blocks that are about to diverge, as (source, target).
 
     Whoever has made a copy strikes it off: those of a step that failed before are left to the next.
+
+    follows: of a step ahead, whose tokens are being drawn while it is planned: which item of the step before draws the
+    token of each. None: all tokens are known.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    follows: list[int] | None = None
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Whom the step is for."""
+        return tuple(dict.fromkeys(item.sequence.request.id for item in self.scheduled))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""The engine's side of trace plans: from requests to the tap of a step, and from what it caught to events."""
+"""The engine's side of trace plans: from requests to the tap of a step, and what it caught."""
 
 from collections.abc import Sequence as Ordered
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama.config import LlamaConfig
-from llama.engine.request import Request, RequestError, TraceEvent
+from llama.engine.request import Request, RequestError
+from llama.engine.sequence import Sequence
 from llama.engine.step import Scheduled
 from llama.model.cache import KVCache
 from llama.model.plan import BoundPlan
@@ -53,10 +55,18 @@ def look_at_logits(model: Llama, hidden: Tensor, batch: RaggedBatch, at: Tap) ->
             model.logits(hidden[rows], at.rows(rows))
 
 
-def trace_events(scheduled: Ordered[Scheduled], at: Tap) -> list[TraceEvent]:
-    """What the tap caught, as it leaves the engine."""
+class Caught(NamedTuple):
+    """What the tap caught of one sequence of a step: one place, at these positions; [positions, ...], on the device."""
+
+    sequence: Sequence
+    label: str
+    positions: tuple[int, ...]
+    value: Tensor
+
+
+def caught(scheduled: Ordered[Scheduled], at: Tap) -> list[Caught]:
+    """What the tap caught in a step."""
     if not isinstance(at, PlanTap):
         return []
-    names = [item.sequence.request.id for item in scheduled if item.sequence.plan is not None]
-    return [TraceEvent(name, one.label, one.positions, one.value.float().cpu().numpy())
-            for name, part in zip(names, at.parts, strict=True) for one in part.captured]
+    traced = [item.sequence for item in scheduled if item.sequence.plan is not None]
+    return [Caught(sequence, *one) for sequence, part in zip(traced, at.parts, strict=True) for one in part.captured]

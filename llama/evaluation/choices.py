@@ -102,7 +102,7 @@ def _step(llm: Llama, questions: Sequence[EncodedQuestion]) -> list[list[float]]
     slots = torch.arange(len(ids), device=device)
     batch = RaggedBatch(torch.tensor(ids, device=device), torch.tensor(positions, device=device), tuple(segments),
                         slots)
-    cache = KVCache(llm.config, 1, len(ids), llm.model.dtype, device)
+    cache = KVCache(llm.config, len(ids), 1, llm.model.dtype, device)
     scores = iter(_scores(llm, llm.model.hidden(batch, cache)[rows], targets))
     return [[math.fsum(next(scores) for _ in choice) for choice in question.choices] for question in questions]
 

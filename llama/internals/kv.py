@@ -51,7 +51,7 @@ class KVState:
 @torch.inference_mode()
 def compute(model: Llama, ids: Sequence[int]) -> KVState:
     """What the model writes into its cache for a text."""
-    cache = KVCache(model.config, 1, len(ids), model.dtype, model.device)
+    cache = KVCache(model.config, len(ids), 1, model.dtype, model.device)
     model.hidden(cached_batch(ids, cache), cache)
     return _read(cache, ids, ((0, len(ids)),))
 

@@ -99,7 +99,7 @@ class _Runner:
         self.model = model
         self.ids = ids
         self.step_tokens = max(step_tokens, len(ids))
-        self.cache = KVCache(model.config, 1, len(ids) + self.step_tokens, model.dtype, model.device)
+        self.cache = KVCache(model.config, len(ids) + self.step_tokens, 1, model.dtype, model.device)
         batch = cached_batch(ids, self.cache)
         plan = TracePlan(("layers.*.resid_pre",), max_bytes=1 << 40).bind(model.config, len(ids), len(ids))
         part = Part(plan, batch.segments[0], range(len(ids)), range(len(ids)))

@@ -9,10 +9,31 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from llama.model.cache import KVCache
-from llama.model.kernels import native
+from llama.model.kernels import gpu, native
 from llama.model.ragged import PagedQueries, RaggedBatch, Segment
+from llama.model.rope import rotate
+from llama.model.tap import UNTOUCHED, Tap
+
+# cuDNN plans anew for every pair of lengths that it has not seen, which takes it a tenth of a second. So it gets only
+# multiples of so many tokens, over this many keys times powers of two: a few dozen pairs.
+CUDNN_PIECE = 2048
+
+
+def rotate_and_write(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int,
+                     slots: Tensor | None, at: Tap = UNTOUCHED) -> tuple[Tensor, Tensor]:
+    """q and k, each [tokens, heads, head_dim], rotated by their positions; k, so, and v enter the cache, if there is one."""
+    if cache is not None and at is UNTOUCHED and gpu.serves(q):
+        from llama.model.kernels import rotary as kernel
+
+        if kernel.fits(q, cache):
+            return kernel.rotate_and_write(q, k, v, rotary, cache, layer, slots)
+    q, k = at("attn.q_rot", rotate(q, *rotary)), at("attn.k_rot", rotate(k, *rotary))
+    if cache is not None:
+        cache.write(layer, slots, k, v)
+    return q, k
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,7 +60,7 @@ def paged_attend(q: Tensor, cache: KVCache, layer: int, paged: PagedQueries) -> 
     grouped = q.unflatten(1, (k.shape[2], -1)).float()  # [queries, num_kv_heads, group, head_dim]
     unseen = positions >= paged.lengths[:, None]  # [queries, positions]
     scores = torch.einsum("qkgd,qpkd->qkgp", grouped, k) / math.sqrt(q.shape[2])
-    pattern = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(dim=-1)
+    pattern = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(dim=-1).masked_fill(unseen[:, None, None], 0)
     v = v.masked_fill(unseen[..., None, None], 0)  # what nobody has written yet may be anything, and 0 · NaN is NaN
     return torch.einsum("qkgp,qpkd->qkgd", pattern, v).reshape(q.shape).to(q.dtype)
 
@@ -54,6 +75,11 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     """
     if cache is None:
         return _self_attention(q, k, v, batch)
+    if gpu.serves(q):
+        from llama.model.kernels import paged
+
+        if paged.fits(q, cache):
+            return _on_gpu(q, k, v, batch, cache, layer, deterministic)
     out = torch.empty_like(q)
     longest = 0 if batch.paged is None else batch.paged.longest
     if batch.paged is not None:
@@ -79,10 +105,55 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     return out
 
 
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache, layer: int, deterministic: bool) -> Tensor:
+    """Triton's kernels, but for steps of long chunks alone, which cuDNN multiplies faster. Nothing waits for the device."""
+    from llama.model.kernels import paged
+
+    if not deterministic and batch.paged is None and _suit_cudnn(q, k, v, batch):
+        return _by_cudnn(q, k, v, batch, cache, layer)
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    for asked in (batch.paged, batch.chunks):
+        if asked is not None:
+            paged.attend(q, out, cache, layer, asked, deterministic)
+    return out
+
+
+def _suit_cudnn(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch) -> bool:
+    """Whether all of a step's segments begin and end at whole pieces, and cuDNN takes such queries."""
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    return all(segment.start % CUDNN_PIECE == segment.length % CUDNN_PIECE == 0 for segment in batch.segments) \
+        and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, True))
+
+
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache, layer: int) -> Tensor:
+    """Each segment over the cache, in pieces of powers of two, and over itself, the parts joined by their softmax sums."""
+    outs, first = [], 0
+    for segment in batch.segments:
+        own = [tensor[first:first + segment.length] for tensor in (q, k, v)]
+        first += segment.length
+        parts, place = [_cudnn(*own, causal=True)], 0
+        past = [cache.read(layer, run) for run in _until(segment.runs, segment.start)]
+        keys, values = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*past)) if past else (None, None)
+        while place < segment.start:
+            end = place + (1 << (segment.start - place).bit_length() - 1)  # the largest power of two that is left
+            parts.append(_cudnn(own[0], keys[place:end], values[place:end]))
+            place = end
+        outs.append(_join(parts))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """As `_flash`, by cuDNN, which knows groups of heads."""
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, heads, tokens, head_dim]
+    out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
+    return out[0].transpose(0, 1), log_sum.view(out.shape[1:3]).transpose(0, 1)
+
+
 def _has_kernel(q: Tensor, cache: KVCache) -> bool:
     """Whether the compiled kernel computes decodes of this kind. It reads the cache once, as fast as memory gives it."""
-    return q.device.type == "cpu" and q.dtype == cache.dtype == torch.bfloat16 and q.shape[2] % 32 == 0 \
-        and native.library() is not None
+    return q.device.type == "cpu" and q.dtype == cache.dtype == torch.bfloat16 and cache.quantised != "fp8" \
+        and q.shape[2] % 32 == 0 and native.library() is not None
 
 
 def _self_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch) -> Tensor:

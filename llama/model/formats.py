@@ -100,6 +100,14 @@ def quantise_int8(values: Tensor) -> tuple[Tensor, Tensor]:
     return (values * factor).round().to(torch.int8), (largest / 127).squeeze(-1)
 
 
+def quantise_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The last axis as float8_e4m3fn times one scale, so that its largest element is 448 or -448, the format's largest."""
+    values = values.float()
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    factor = torch.where(largest > 0, torch.full_like(largest, 448) / largest, 0.0)
+    return (values * factor).to(torch.float8_e4m3fn), (largest / 448).squeeze(-1)
+
+
 def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q [rows, columns], uint8 from 0 to 15, and scale and low, each [rows, groups], float16: w ≈ scale · q + low.
 

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -164,6 +164,16 @@ class BoundPlan:
             return ""
         parts = [repr((one.place.label, one.where, edit_to_json(one.edit))) for one in self.edits]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def replayable(self, position: int) -> tuple[Hashable, ...] | None:
+        """What is done at a position, named alike wherever the same is done, so that it can be captured once and replayed
+        at others. None if it cannot: it is asked for single positions, or at a site as long as its context."""
+        edits = [place for place, one in enumerate(self.edits) if position in one.where]
+        captures = [one for one in self.captures if position in one.where]
+        if any(one.where.exact is not None or one.place.site.is_attention
+               for one in (*captures, *(self.edits[place] for place in edits))):
+            return None
+        return self.digest if edits else "", *edits, *(one.place.label for one in captures)
 
     def unfired(self, num_computed: int) -> list[BoundEdit]:
         """The edits none of whose positions is among the first `num_computed`."""

@@ -62,6 +62,25 @@ class PagedQueries:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """Segments of a step, and where the keys that their tokens may see lie, for a GPU.
+
+    rows: [segments], int32, their first tokens' places among the step's tokens. lengths: [segments], int32, how many
+    positions the first token sees; each next one sees one more. counts: [segments], int32, their tokens. first: [segments],
+    int32: their slots are slots[first:]. slots: int32, of all contexts, one after another. longest: the largest count. most:
+    the longest context.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+    counts: Tensor
+    first: Tensor
+    slots: Tensor
+    longest: int
+    most: int
+
+
+@dataclass(frozen=True)
 class RaggedBatch:
     """The tokens of one step.
 
@@ -98,6 +117,26 @@ class RaggedBatch:
     def each(self) -> Queries:
         """Every token, as if it were decoded."""
         return _queries(self.segments, max(segment.length for segment in self.segments))
+
+    @cached_property
+    def chunks(self) -> Chunks | None:
+        """The segments whose tokens are not in `paged`; None if there are none."""
+        longest = 0 if self.paged is None else self.paged.longest
+        rows, lengths, counts, first, slots = [], [], [], [], []
+        row = begin = 0
+        for segment in self.segments:
+            if segment.length > longest:
+                for column, number in zip((rows, lengths, counts, first), (row, segment.start + 1, segment.length, begin)):
+                    column.append(number)
+                slots += [np.arange(*run, dtype=np.int32) for run in segment.runs]
+                begin += segment.end
+            row += segment.length
+        if not rows:
+            return None
+        device = self.positions.device
+        table = torch.tensor([rows, lengths, counts, first], dtype=torch.int32, device=device)  # [4, segments]
+        return Chunks(*table, torch.from_numpy(np.concatenate(slots)).to(device), max(counts),
+                      max(start + count - 1 for start, count in zip(lengths, counts)))
 
 
 def _queries(segments: tuple[Segment, ...], longest: int) -> Queries | None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
-from llama.model.attention import ragged_attention
+from llama.model.attention import ragged_attention, rotate_and_write
 from llama.model.cache import KVCache
 from llama.model.elementwise import norm_scale, normalise, swiglu
 from llama.model.formats import QUANTISED
 from llama.model.kernels import blocks as compiled
 from llama.model.linear import Linear, PackedLinear, make_linear
 from llama.model.ragged import RaggedBatch
-from llama.model.rope import inverse_frequencies, rotate, rotation
+from llama.model.rope import inverse_frequencies, rotation
 from llama.model.tap import UNTOUCHED, Tap
 
 MakeLinear = Callable[..., Linear | PackedLinear]  # from in_features and the rows of each matrix in it
@@ -62,9 +62,7 @@ class Attention(nn.Module):
         """[tokens, hidden] -> [tokens, hidden]; keys and values of these tokens enter the cache."""
         q, k, v = (at(site, part.unflatten(-1, (-1, self.head_dim)))  # [tokens, heads, head_dim]
                    for site, part in zip(("attn.q", "attn.k", "attn.v"), self.qkv(x).split(self.sizes, dim=-1)))
-        q, k = at("attn.q_rot", rotate(q, *rotary)), at("attn.k_rot", rotate(k, *rotary))
-        if cache is not None:
-            cache.write(self.layer, batch.slots, k, v)
+        q, k = rotate_and_write(q, k, v, rotary, cache, self.layer, batch.slots, at)
         heads = ragged_attention(q, k, v, batch, cache, self.layer, self.deterministic)
         heads = at("attn.heads", heads, q, k, v)  # [tokens, num_heads, head_dim]
         return at("attn_out", self.out(heads.flatten(1)), heads, self.out)

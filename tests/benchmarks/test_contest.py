@@ -9,7 +9,8 @@ from benchmarks.compare import agreement
 from benchmarks.contest import Entry, Outcome, contest, random_prompt
 from benchmarks.contestants import Distant, Ours, Transformers, Turn
 from benchmarks.memory import forget, read, start
-from benchmarks.prefill import operations
+from benchmarks.prefill import allowed, operations
+from benchmarks.weights import Source
 from llama.config import LlamaConfig
 from tools.make_checkpoint import main as make_checkpoint
 from tools.make_checkpoint import make_config
@@ -25,7 +26,8 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("resident", [True, False], ids=["together", "one at a time"])
 def test_ours_and_transformers_generate_the_same(checkpoint, monkeypatch, resident):
     monkeypatch.setattr("benchmarks.contest.available_memory", lambda: 1 << 30 if resident else 0)
-    entries = {"theirs": Entry(Transformers, (checkpoint, 40), 1), "ours": Entry(Ours, (checkpoint, {}, 40), 1)}
+    entries = {"theirs": Entry(Transformers, (Source(checkpoint), 40), 1),
+               "ours": Entry(Ours, (Source(checkpoint), {}, 40), 1)}
     outcomes = contest(entries, 20, 6, 2 if resident else 1, 512, num_threads=1)
     theirs, ours = outcomes["theirs"], outcomes["ours"]
     assert [len(turn.ids) for turn in ours.turns] == [7] * len(ours.turns)
@@ -47,8 +49,8 @@ def test_rates_and_agreement_by_hand():
 
 def test_what_goes_wrong_in_a_contestant_is_told(checkpoint):
     with pytest.raises(RuntimeError, match="Ours: .*/none does not exist; name the directory of a checkpoint"):
-        Distant(Ours, (checkpoint / "none", {}, 8), 1)
-    contestant = Distant(Ours, (checkpoint, {}, 8), 1)
+        Distant(Ours, (Source(checkpoint / "none"), {}, 8), 1)
+    contestant = Distant(Ours, (Source(checkpoint), {}, 8), 1)
     with pytest.raises(RuntimeError, match="Ours: .*prompt"):
         contestant.ask("turn", [600], 1)
     contestant.close()
@@ -65,6 +67,23 @@ def test_operations_of_a_prompt():
     matrices = 16 * 2048 * (2048 * 2 + 512 * 2 + 3 * 8192) + 128256 * 2048 / 512
     attention = 16 * 32 * 64 * 4 * 512 / 2
     assert operations(config, 512) == pytest.approx(512 * (2 * matrices + attention), rel=0.003)
+
+
+def test_operations_of_a_prompt_by_hand():
+    """One layer, two heads of 2: every matrix has 8 · 8 or 4 · 8 weights, and three tokens make 6 pairs."""
+    config = LlamaConfig.from_dict(make_config("tiny", {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 16, "vocab_size": 10}))
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    norms = 3 * 8  # counted as weights too: nothing beside the others
+    attention = 2 * 2 * 8 * (1 + 2 + 3)  # scores and sums, 8 numbers for each pair
+    assert operations(config, 3) == 2 * (3 * (layer + norms) + 8 * 10) + attention
+
+
+def test_what_products_a_format_may_use():
+    on_cpu, on_gpu = {"float32": 1.0, "bfloat16": 2.0, "int8 × int8": 5.0}, {"bfloat16": 2.0, "fp8 × fp8": 4.0}
+    assert [allowed(name, on_cpu, "cpu") for name in ("float32", "bf16", "int8")] == [2, 2, 5]
+    assert [allowed(name, on_gpu, "cuda") for name in ("bf16", "int8", "int4", "fp8")] == [2, 2, 2, 4]
 
 
 def test_a_start_is_measured_in_a_process_of_its_own(checkpoint):

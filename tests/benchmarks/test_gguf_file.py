@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.contestants import Distant, LlamaCpp, Ours
 from benchmarks.gguf_file import gguf_files, gguf_name, rope_factors, write_gguf
+from benchmarks.weights import Source
 from llama.checkpoint.layout import places
 from llama.config import LlamaConfig
 from tests.reference import frequencies
@@ -55,7 +56,7 @@ def test_llama_cpp_computes_the_same(tmp_path, tie):
     (tmp_path / "config.json").write_text(json.dumps(config))
     files = gguf_files(tmp_path, tmp_path / "gguf", ["BF16", "Q8_0", "Q4_0"])
     prompt = torch.randint(0, 512, (100,), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = logits_of(Ours, (tmp_path, {"dtype": "float32"}, 128), prompt)
+    expected = logits_of(Ours, (Source(tmp_path), {"dtype": "float32"}, 128), prompt)
     off = {kind: (logits_of(LlamaCpp, (path, 128), prompt) - expected).std() / expected.std()
            for kind, path in files.items()}
     assert off["BF16"] < 0.01 < off["Q8_0"] * 2 < 0.08 < off["Q4_0"] < 0.5

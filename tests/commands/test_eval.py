@@ -91,6 +91,12 @@ def test_the_reference_is_never_beside_the_model(llama, tmp_path, files, capsys,
     assert list(results[0]["kl_percentiles"]) == ["50", "90", "99", "99.9", "100"]
 
 
+def test_the_reference_has_keys_and_values_as_they_are(llama, files):
+    text, _ = files("Some text that is long enough to be read in more than one step. " * 20)
+    ran = llama("eval", "--text", text, "--against", "bfloat16", "--kv-cache-dtype", "fp8", "--json")
+    assert 0 < json.loads(ran.out)["text"]["against"]["kl_mean"] < 0.1
+
+
 def test_a_reference_that_makes_other_tokens_is_refused(llama, checkpoint, files):
     text, _ = files("Some text.")
     ran = llama("eval", "--text", text, "--against", checkpoint)

@@ -69,14 +69,24 @@ def right_answer(request: Request, index: int, most_ids: int, draw: Draw = next_
     return answer
 
 
+@dataclass
+class Computed:
+    """A step that the fake has computed, and the scheduler has not committed."""
+
+    plan: Plan
+    outcomes: list[Outcome]
+
+
 class Simulation:
     """A scheduler over the fake, all that must hold in every step asserted in every step."""
 
     def __init__(self, limits: Limits, num_blocks: int, proposer: Proposer | None = None,
-                 prefix_sharing: bool = True, draw: Draw = next_id):
+                 prefix_sharing: bool = True, draw: Draw = next_id, ahead: bool = False):
         pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(limits, pool, (EOS,), proposer, prefix_sharing)
         self.draw = draw
+        self.ahead = ahead
+        self.in_flight: Computed | None = None
         self.requests: dict[str, Request] = {}
         self.answers: dict[tuple[str, int], Answer] = {}
         self.prompts: dict[str, list[PromptEvent]] = defaultdict(list)
@@ -116,7 +126,7 @@ class Simulation:
 
     def drain(self) -> None:
         """Step to the end; then every answer must be the right one, and every block must be back."""
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.in_flight:
             self.step()
         for (name, index), answer in self.answers.items():
             right = right_answer(self.requests[name], index, self._most_ids(self.requests[name]), self.draw)
@@ -129,17 +139,18 @@ class Simulation:
         assert self.scheduler.pool.num_held == 0, "blocks are lost"
 
     def step(self) -> list[Event]:
-        """Plan, run the fake, commit."""
+        """Plan and run the fake, if nothing is in flight; with `ahead`, also the step after it, if that can be foreseen;
+        then commit the first."""
         scheduler = self.scheduler
-        before = list(scheduler.running)
-        decoding = [sequence for sequence in before if sequence.is_decoding]
-        plan = scheduler.plan()
         self.counts["steps"] += 1
-        self.counts["preempted"] += sum(sequence in scheduler.waiting for sequence in before)
-        scheduler.guess(plan)
-        self._check_plan(plan, decoding)
-        self._compute(plan)
-        events = scheduler.commit(plan, [self._outcome(item) for item in plan.scheduled])
+        computed = self.in_flight or self._compute(self._plan(), [])
+        after = scheduler.plan_ahead(computed.plan) if self.ahead else None
+        self.in_flight = None if after is None else self._compute(after, computed.outcomes)
+        self.counts["ahead"] += after is not None
+        alive = [place for place, item in enumerate(computed.plan.scheduled) if item.sequence in scheduler.running]
+        self.counts["dropped"] += len(computed.outcomes) - len(alive)
+        events = scheduler.commit(Plan([computed.plan.scheduled[place] for place in alive]),
+                                  [computed.outcomes[place] for place in alive])
         for event in events:
             self._receive(event)
         scheduler.check()
@@ -149,23 +160,38 @@ class Simulation:
         assert not late, f"still unanswered: {late}"
         return events
 
+    def _plan(self) -> Plan:
+        scheduler = self.scheduler
+        before = list(scheduler.running)
+        decoding = [sequence for sequence in before if sequence.is_decoding]
+        plan = scheduler.plan()
+        self.counts["preempted"] += sum(sequence in scheduler.waiting for sequence in before)
+        scheduler.guess(plan)
+        self._check_plan(plan, decoding)
+        return plan
+
     def fail(self, is_computed: bool) -> None:
-        """A step that comes to nothing, before or after the model has computed it."""
+        """A step that comes to nothing, before or after the model has computed it; so does one that is in flight."""
+        self.in_flight = None
         plan = self.scheduler.plan()
         if is_computed:
             self.scheduler.guess(plan)
-            self._compute(plan)
+            self._compute(plan, [])
         self.scheduler.check()
 
     # ---- what the fake does --------------------------------------------------------------------------------
 
-    def _compute(self, plan: Plan) -> None:
+    def _compute(self, plan: Plan, before: list[Outcome]) -> "Computed":
+        """before: of the step that this one follows, if it is ahead; the drawn tokens are known to the fake alone."""
         while plan.copies:
             source, target = plan.copies.pop(0)
             for offset in range(BLOCK_SIZE):
                 self._cache[target * BLOCK_SIZE + offset] = self._cache.get(source * BLOCK_SIZE + offset)
             self.counts["copies"] += 1
-        names = [self._names(item) for item in plan.scheduled]
+        ids = [list(item.sequence.ids) for item in plan.scheduled]
+        for known, place in zip(ids, plan.follows or ()):
+            known.append(before[place].draws[0][0].token_id)
+        names = [self._names(item, known) for item, known in zip(plan.scheduled, ids)]
         written: set[int] = set()
         for item, own in zip(plan.scheduled, names):
             for position in range(item.start, item.start + item.length):
@@ -177,19 +203,21 @@ class Simulation:
             for position, name in enumerate(own):
                 assert self._cache.get(_slot(item, position)) == name, (
                     f"{item.sequence.request.id} reads what is not its own at position {position}")
+        return Computed(plan, [self._outcome(item, known) for item, known in zip(plan.scheduled, ids)])
 
     @staticmethod
-    def _names(item: Scheduled) -> list[int]:
+    def _names(item: Scheduled, ids: list[int]) -> list[int]:
         """What must stand at each position that the scheduled tokens see."""
         name, names = hash(item.sequence.request.salt), []
-        for token_id in [*item.sequence.ids[:item.start], *item.ids]:
+        for token_id in [*ids[:item.num_known], *item.draft]:
             name = hash((name, token_id))
             names.append(name)
+        assert len(names) == item.start + item.length, "past what is known"
         return names
 
-    def _outcome(self, item: Scheduled) -> Outcome:
+    def _outcome(self, item: Scheduled, ids: list[int]) -> Outcome:
         sequence = item.sequence
-        ids, seed = list(sequence.ids), sequence.request.params.seed
+        seed = sequence.request.params.seed
         draws = tuple(tuple(TokenLogprob(self.draw([*ids, *item.draft[:guessed]], seed, index), 0.0)
                             for guessed in range(1 + len(item.draft)))
                       for index in sequence.samples) if item.samples else ()

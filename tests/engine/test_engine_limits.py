@@ -14,7 +14,7 @@ from llama.engine.engine import SCORED_ROWS
 from llama.engine.limits import Limits
 from llama.engine.propose import PromptLookup
 from llama.engine.request import RequestError, StepError, TokenEvent
-from llama.engine.sampler import sample
+from llama.engine.sampler import draw
 from llama.model.linear import make_linear
 from llama.model.transformer import FeedForward
 from tests.engine.running import TINY, alone, engine_of, run
@@ -85,9 +85,9 @@ def test_the_ids_of_a_prompt_are_gathered_once_for_all_its_tokens(model, monkeyp
     def observed(logits, rows):
         for row in rows:
             seen[row.seed].append(row.prompt_ids)
-        return sample(logits, rows)
+        return draw(logits, rows)
 
-    monkeypatch.setattr(engine_module, "sample", observed)
+    monkeypatch.setattr(engine_module, "draw", observed)
     prompt = [9, 5, 5, 7] * 10
     run(engine_of(model, Limits(512, step_tokens=7), 40, proposer=PromptLookup(min_ngram=1)), [
         request("penalised", prompt, seed=1, repetition_penalty=1.2, max_tokens=6, ignore_eos=True, logprobs=0),
@@ -201,12 +201,12 @@ def failing(function, every):
     return call
 
 
-@pytest.mark.parametrize("where, every", [("propose", 23), ("hidden", 3), ("sample", 3)])
+@pytest.mark.parametrize("where, every", [("propose", 23), ("hidden", 3), ("draw", 3)])
 def test_a_step_that_fails_is_done_again_as_if_it_had_not_been(monkeypatch, where, every):
     """While guessing, computing or sampling; the blocks that samples share are copied in spite of it."""
     model, lookup = ours(hugging_face(TINY["8:2"])), PromptLookup(min_ngram=1)
     plain = alone(model, REQUESTS)
-    owner = {"propose": lookup, "hidden": model, "sample": engine_module}[where]
+    owner = {"propose": lookup, "hidden": model, "draw": engine_module}[where]
     monkeypatch.setattr(owner, where, failing(getattr(owner, where), every))
     engine = engine_of(model, Limits(512, step_tokens=40), 14, proposer=lookup)
     step, failures = engine.step, 0

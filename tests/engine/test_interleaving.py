@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -15,11 +16,13 @@ from tests.engine.simulation import BLOCK_SIZE, EOS, VOCAB, Simulation, request
 TRUNKS = ((1, 2, 3) * 12, (1, 2, 3, 1, 2, 3, 1, 2, 4, 4) * 4, (5,) * 36)
 
 
-def test_ten_thousand_cancels_lose_no_block():
-    """In the queue, in the prompt, among the answers, one sample or all; and all was really in use."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ten_thousand_cancels_lose_no_block(ahead):
+    """In the queue, in the prompt, among the answers, in flight, one sample or all; and all was really in use."""
     rng = random.Random(0)
+    lookup = PromptLookup(min_ngram=1, max_draft=4, give_up=0.1, retry_every=4)
     simulation = Simulation(Limits(64, max_running=6, step_tokens=12, mixed_step_tokens=8), 20,
-                            PromptLookup(min_ngram=1, max_draft=4, give_up=0.1, retry_every=4))
+                            None if ahead else lookup, ahead=ahead)
     cancels, alive = 0, []
     while cancels < 10_000:
         while len(alive) < 9:
@@ -35,7 +38,8 @@ def test_ten_thousand_cancels_lose_no_block():
             cancels += simulation.cancel(name, rng.choice(indices))
         alive = [name for name in alive if not simulation.is_answered(name)]
     simulation.drain()
-    assert min(simulation.counts[what] for what in ("preempted", "copies", "guessed", "cached")) > 100
+    used = ("ahead", "dropped") if ahead else ("guessed",)
+    assert min(simulation.counts[what] for what in ("preempted", "copies", "cached", *used)) > 100
     assert EOS in {token_id for answer in simulation.answers.values() for token_id in answer.ids}
 
 
@@ -44,11 +48,11 @@ class Interleaving(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.integers(2, 24), max_context=st.integers(6, 60), max_running=st.integers(1, 6),
                 step_tokens=st.integers(1, 24), mixed_step_tokens=st.integers(1, 12), drafts=st.booleans(),
-                prefix_sharing=st.sampled_from([True, True, True, False]))
-    def begin(self, num_blocks, drafts, prefix_sharing, **limits):
+                ahead=st.booleans(), prefix_sharing=st.sampled_from([True, True, True, False]))
+    def begin(self, num_blocks, drafts, ahead, prefix_sharing, **limits):
         limits = Limits(**limits, max_queued_requests=8, max_queued_tokens=200)
         proposer = PromptLookup(min_ngram=1, max_draft=6, give_up=0.1, retry_every=4) if drafts else None
-        self.simulation = Simulation(limits, num_blocks, proposer, prefix_sharing)
+        self.simulation = Simulation(limits, num_blocks, proposer, prefix_sharing, ahead=ahead)
         self.names = []
 
     @rule(trunk=st.sampled_from(TRUNKS), shared=st.integers(0, 36),
@@ -85,7 +89,7 @@ class Interleaving(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def step(self, count):
         for _ in range(count):
-            if self.simulation.scheduler.has_work:
+            if self.simulation.scheduler.has_work or self.simulation.in_flight:
                 self.simulation.step()
 
     @rule(is_computed=st.booleans())

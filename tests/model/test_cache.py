@@ -33,7 +33,16 @@ def test_a_run_is_a_view_and_not_a_copy():
 def test_one_position_takes_the_bytes_that_the_configuration_says():
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
         cache = KVCache(CONFIG, num_blocks=5, block_size=4, dtype=dtype)
-        assert cache.keys.nbytes + cache.values.nbytes == 5 * 4 * CONFIG.kv_bytes_per_token(name)
+        assert cache.keys.nbytes + cache.values.nbytes == (5 + 1) * 4 * CONFIG.kv_bytes_per_token(name)  # and a spare block
+
+
+def test_the_spare_block_is_no_sequences():
+    cache = KVCache(CONFIG, num_blocks=5, block_size=4, dtype=torch.float32)
+    assert cache.spare_slot == 20
+    cache.keys.zero_()
+    k, v = torch.randn(2, 4, 2, 6)
+    cache.write(0, cache.spare_slot + torch.arange(4), k, v)
+    assert torch.equal(cache.read(0, (20, 24))[0], k) and not cache.read(0, (0, 20))[0].any()
 
 
 def test_copy_block_copies_every_layer_of_one_block_and_leaves_the_others():

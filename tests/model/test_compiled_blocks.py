@@ -37,7 +37,7 @@ def model_of(weights: str) -> Llama:
 def decode_of(contexts: list[int], int8: bool) -> tuple[RaggedBatch, KVCache]:
     """The last token of sequences with these contexts, scattered over a cache that holds what came before."""
     generator = torch.Generator().manual_seed(4)
-    cache = KVCache(CONFIG, sum(contexts), 1, torch.bfloat16, int8=int8)
+    cache = KVCache(CONFIG, sum(contexts), 1, torch.bfloat16, quantised="int8" if int8 else None)
     places = torch.randperm(sum(contexts), generator=generator)
     segments, slots, first = [], [], 0
     for context in contexts:
@@ -79,7 +79,8 @@ def test_decodes_are_the_same_bits_as_block_by_block(weights, int8, rows, calls)
     assert torch.isfinite(one).all() and torch.equal(one, other)
     for name in ("keys", "values", "key_scales", "value_scales"):
         ours, theirs = getattr(one_cache, name), getattr(other_cache, name)
-        assert ours is theirs is None or torch.equal(ours, theirs)
+        room = one_cache.spare_slot
+        assert ours is theirs is None or torch.equal(ours[:, :room], theirs[:, :room])
 
 
 @torch.inference_mode()

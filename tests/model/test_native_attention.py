@@ -29,7 +29,7 @@ def step(shape, contexts, int8, lengths=None, scattered=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     config = LlamaConfig(1, 1, 1, 1, heads, kv_heads, head_dim, 1, 1e4, None, 1e-5, False)
     places = torch.randperm(sum(contexts), generator=generator) if scattered else torch.arange(sum(contexts))
-    cache = KVCache(config, sum(contexts), 1, torch.bfloat16, int8=int8)
+    cache = KVCache(config, sum(contexts), 1, torch.bfloat16, quantised="int8" if int8 else None)
     segments, kept, first = [], [], 0
     for context, length in zip(contexts, lengths or [1] * len(contexts)):
         slots = places[first:first + context]
@@ -103,14 +103,15 @@ def test_decodes_beside_a_chunk_are_put_in_their_rows():
         first = rows.stop
 
 
-# ---- keys and values as int8 ------------------------------------------------------------------------------
+# ---- keys and values at 8 bits ------------------------------------------------------------------------------
 
 
 CONFIG = LlamaConfig(8, 24, 8, 3, 4, 2, 6, 64, 1e4, None, 1e-5, False)
 
 
-def test_int8_keys_and_values_are_read_as_they_were_rounded_and_copied_whole():
-    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, int8=True)
+@pytest.mark.parametrize("quantised, largest_error", [("int8", 0.51 / 127), ("fp8", 1 / 16)])
+def test_quantised_keys_and_values_are_read_as_they_were_rounded_and_copied_whole(quantised, largest_error):
+    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, quantised=quantised)
     k, v = torch.randn(2, 4, 2, 6).bfloat16()
     k[1, 0] = 0
     cache.write(1, torch.arange(4, 8), k, v)
@@ -118,24 +119,26 @@ def test_int8_keys_and_values_are_read_as_they_were_rounded_and_copied_whole():
     for first in (4, 12):
         for kept, exact in zip(cache.read(1, (first, first + 4)), (k, v)):
             assert kept.dtype == torch.bfloat16
-            step_size = exact.float().abs().amax(dim=-1, keepdim=True) / 127
-            assert ((kept.float() - exact.float()).abs() <= 0.51 * step_size + exact.float().abs() / 256).all()
+            bound = largest_error * exact.float().abs().amax(dim=-1, keepdim=True) + exact.float().abs() / 256
+            assert ((kept.float() - exact.float()).abs() <= bound).all()
 
 
-def test_int8_takes_the_bytes_that_the_configuration_says():
-    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, int8=True)
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_quantised_they_take_the_bytes_that_the_configuration_says(quantised):
+    cache = KVCache(CONFIG, 5, 4, torch.bfloat16, quantised=quantised)
     tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    assert sum(tensor.nbytes for tensor in tensors) == 5 * 4 * CONFIG.kv_bytes_per_token("int8")
+    assert sum(tensor.nbytes for tensor in tensors) == (5 + 1) * 4 * CONFIG.kv_bytes_per_token(quantised)
 
 
-def test_the_demo_answers_from_int8_keys_and_values_however_it_comes_by_them():
-    llm = Llama.load(kv_cache_dtype="int8")
-    assert llm.engine.cache.keys.dtype == torch.int8
+@pytest.mark.parametrize("quantised, dtype", [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_the_demo_answers_from_quantised_keys_and_values_however_it_comes_by_them(quantised, dtype):
+    llm = Llama.load(kv_cache_dtype=quantised)
+    assert llm.engine.cache.keys.dtype == dtype
     messages = [{"role": "user", "content": "What is 17 + 25?"}]
     assert [llm.chat(messages).text for _ in range(2)] == ["17 + 25 = 42."] * 2  # the second time from the prefix cache
     ids = llm.encode_chat(messages)
     greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0, max_tokens=12)
-    engine = Engine(llm.model, Limits(max_context=256, step_tokens=7), 256 // BLOCK_SIZE, (), int8_cache=True)
+    engine = Engine(llm.model, Limits(max_context=256, step_tokens=7), 256 // BLOCK_SIZE, (), kv_cache_dtype=quantised)
     engine.submit(Request("chunks", tuple(ids), greedy))
     drawn = []
     while engine.has_work:

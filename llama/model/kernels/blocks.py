@@ -67,7 +67,8 @@ class CompiledBlocks:
 
 def serves(blocks: nn.ModuleList, x: Tensor, batch: RaggedBatch, cache: KVCache | None) -> bool:
     """Whether `CompiledBlocks` computes this step: one token of each sequence, all matrices packed."""
-    return cache is not None and cache.dtype == torch.bfloat16 and cache.keys.shape[-1] % 32 == 0 and native.serves(x) \
+    return cache is not None and cache.dtype == torch.bfloat16 and cache.quantised != "fp8" \
+        and cache.keys.shape[-1] % 32 == 0 and native.serves(x) \
         and all(segment.length == 1 for segment in batch.segments) \
         and all(isinstance(matrix, PackedLinear) for block in blocks for matrix in matrices(block))
 
