@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class Llama:
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
         """
         directory = resolve(name)
+        if torch.device(device).type == "cuda":  # makes CUDA's context while the tokenizer is read; errors come up again
+            ThreadPoolExecutor(1).submit(torch.empty, 1, device=device)
         tokenizer = Tokenizer.from_directory(directory)
         template = ChatTemplate.from_directory(directory)
         defaults, eos_token_ids = read_generation_config(directory)

@@ -1,9 +1,9 @@
 """From a checkpoint's directory to a model: everything checked first, then one pass over the files.
 
-Tensors are read straight into their rows of the joined weights, or through a small buffer where the dtype, the
-device or the format differs: so weights are packed and quantised while they are read. Nothing is memory-mapped:
-mapped pages would count as the process's memory next to the weights, and a file that is cut short meanwhile would be a
-bus error. No pickle is ever opened.
+Tensors are read straight into their rows of the joined weights, or through a small buffer (`llama.checkpoint.lanes`)
+where the dtype, the device or the format differs: so weights are packed and quantised while they are read. Nothing is
+memory-mapped: mapped pages would count as the process's memory next to the weights, and a file that is cut short
+meanwhile would be a bus error. No pickle is ever opened.
 """
 
 import dataclasses
@@ -19,23 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama.checkpoint.lanes import CudaLane, HostLane, Lane
 from llama.checkpoint.layout import Place, match
 from llama.checkpoint.safetensors import CheckpointError, StoredTensor, quoted, read_stored, tensor_bytes
 from llama.config import DTYPE_BYTES, LlamaConfig
+from llama.model.device_linear import DeviceLinear
 from llama.model.formats import BLOCK_ROWS, QUANTISED
 from llama.model.kernels import native
-from llama.model.device_linear import DeviceLinear
 from llama.model.linear import PackedLinear, in_blocks
 from llama.model.transformer import Llama
 from llama.progress import ProgressBar, describe_bytes
 from llama.strict_json import ConfigError
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-# What is read at a time. Small enough to be nothing beside the weights; large enough that neither the system call nor
-# Python counts.
-_PIECE_BYTES = 2 << 20
-# The same where what is read is packed: within the processor's cache.
-_PACKED_BYTES = 1 << 19
 # As many pieces are read at once. More than processors: while some wait for the disk, others are packed.
 _NUM_READERS = 8
 
@@ -44,7 +40,8 @@ _NUM_READERS = 8
 class _Piece:
     """Consecutive rows of a stored tensor, from byte `offset` of its file.
 
-    target: the rows that they become; or, where those are packed, store: what takes [rows, columns].
+    target: the rows that they become; None where those lie otherwise. store: what brings [rows, columns] there, on the
+    device, without waiting for it.
     """
 
     stored: StoredTensor
@@ -57,26 +54,6 @@ class _Piece:
     def num_bytes(self) -> int:
         """What is read."""
         return tensor_bytes(self.stored.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """Memory to read into, on its way to `device`: for a GPU pinned, with a stream of its own, so that one piece is
-    copied and quantised there while others are read."""
-
-    space: Tensor
-    device: torch.device
-    stream: torch.cuda.Stream | None
-
-    @torch.no_grad()
-    def hand_over(self, part: Tensor, store: Callable[[Tensor], Any]) -> None:
-        """Store what was read; the buffer is free afterwards."""
-        if self.stream is None:
-            store(part)
-            return
-        with torch.cuda.stream(self.stream):
-            store(part.to(self.device, non_blocking=True))
-        self.stream.synchronize()
 
 
 def load_model(directory: str | Path, *, dtype: str | None = None, device: torch.device | str = "cpu",
@@ -138,69 +115,74 @@ def _check_weights(directory: Path, config: LlamaConfig, weights: str | None, dt
 def _fill(model: Llama, stored: Mapping[str, StoredTensor], placed: Mapping[str, Place],
           progress: bool | None) -> None:
     """Read every placed tensor into its rows of the model's weights."""
+    kind = CudaLane if model.device.type == "cuda" else HostLane
     # In the order of the files, which is the order in which disks are fast.
     order = sorted(placed, key=lambda name: (str(stored[name].path), stored[name].offset))
     pieces = [piece for name in order
-              for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module))]
+              for piece in _cut(stored[name], placed[name], model.get_submodule(placed[name].module), kind, model.device)]
     # Made once: buffers that come and go leave the allocator with many times their size.
-    on_gpu = model.device.type == "cuda"
-    buffers: SimpleQueue[_Buffer] = SimpleQueue()
+    lanes: SimpleQueue[Lane] = SimpleQueue()
     for _ in range(_NUM_READERS):
-        space = torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8, pin_memory=on_gpu)
-        buffers.put(_Buffer(space, model.device, torch.cuda.Stream(model.device) if on_gpu else None))
+        lanes.put(kind(max(piece.num_bytes for piece in pieces), model.device))
     total_bytes = sum(piece.num_bytes for piece in pieces)
     with (ProgressBar("loading", total_bytes, describe_bytes, shown=progress) as bar,
           ThreadPoolExecutor(_NUM_READERS) as pool):
-        for num_bytes in pool.map(partial(_read_piece, buffers=buffers), pieces):
+        for num_bytes in pool.map(partial(_read_piece, lanes=lanes), pieces):
             bar.add(num_bytes)
+    if kind is CudaLane:
+        torch.cuda.empty_cache()  # what packing took on a lane's stream would be kept for that stream
 
 
-def _cut(stored: StoredTensor, place: Place, module: nn.Module) -> Iterator[_Piece]:
-    """A tensor as pieces of whole rows; of a matrix that is packed on the way, of whole blocks."""
+def _cut(stored: StoredTensor, place: Place, module: nn.Module, kind: type[Lane], device: torch.device
+         ) -> Iterator[_Piece]:
+    """A tensor as pieces of whole rows, as large as the lanes like them; of a matrix that is packed on the way, of whole
+    blocks."""
     num_rows, *columns = place.shape
     row_bytes = stored.num_bytes // num_rows
-    if isinstance(module, DeviceLinear):
-        yield from _cut_for_device(stored, place, module, row_bytes)
-        return
-    packs = isinstance(module, PackedLinear) and place.attribute == "weight"
-    if packs:
-        step = max(1, _PACKED_BYTES // row_bytes // BLOCK_ROWS) * BLOCK_ROWS
-    else:
-        step = max(1, _PIECE_BYTES // row_bytes)
-        own = getattr(module, place.attribute).detach()
-        first_row = place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)
-    for first in range(0, num_rows, step):
-        shape = (min(step, num_rows - first), *columns)
-        target = None if packs else own[first_row + first:first_row + first + shape[0]]
-        store = partial(module.store, place.first_row + first) if packs else target.copy_
-        yield _Piece(stored, stored.offset + first * row_bytes, shape, target, store)
-
-
-def _cut_for_device(stored: StoredTensor, place: Place, module: DeviceLinear, row_bytes: int) -> Iterator[_Piece]:
-    """A tensor of a quantised matrix that lies row by row: floats, or blocks and their scales."""
-    store = {"weight": module.store, "blocks": module.store_blocks, "scale": module.store_scale}[place.attribute]
+    store = _stores(module).get(place.attribute)
     rows_each = BLOCK_ROWS if place.attribute == "blocks" else 1
-    num_rows, *columns = place.shape
-    step = max(1, _PIECE_BYTES // row_bytes)
+    if store is not None:
+        step = max(1, kind.packed_bytes // row_bytes // BLOCK_ROWS) * BLOCK_ROWS
+    else:
+        step = max(1, kind.piece_bytes // row_bytes)
+        own = getattr(module, place.attribute).detach()[place.first_row // rows_each:]
     for first in range(0, num_rows, step):
         shape = (min(step, num_rows - first), *columns)
-        yield _Piece(stored, stored.offset + first * row_bytes, shape, None,
-                     partial(store, place.first_row + first * rows_each))
+        if store is not None:
+            target, bring = None, partial(_pack, store, place.first_row + first * rows_each, device)
+        else:
+            target = own[first:first + shape[0]]
+            bring = partial(target.copy_, non_blocking=True)
+        yield _Piece(stored, stored.offset + first * row_bytes, shape, target, bring)
 
 
-def _read_piece(piece: _Piece, buffers: "SimpleQueue[_Buffer]") -> int:
-    """Read one piece to where it belongs; returns its bytes. Safe in as many threads as there are buffers."""
+def _stores(module: nn.Module) -> Mapping[str, Callable[[int, Tensor], None]]:
+    """By the attribute that a tensor is stored as: what sets the rows from one on, where they do not lie as they are."""
+    if isinstance(module, DeviceLinear):
+        return {"weight": module.store, "blocks": module.store_blocks, "scale": module.store_scale}
+    return {"weight": module.store} if isinstance(module, PackedLinear) else {}
+
+
+@torch.no_grad()
+def _pack(store: Callable[[int, Tensor], None], first_row: int, device: torch.device, rows: Tensor) -> None:
+    """Have rows stored from `first_row` on by the device itself: a GPU packs them faster than they come to it."""
+    store(first_row, rows.to(device, non_blocking=True))
+
+
+def _read_piece(piece: _Piece, lanes: SimpleQueue[Lane]) -> int:
+    """Read one piece to where it belongs; returns its bytes. Safe in as many threads as there are lanes."""
     dtype, target = _TORCH_DTYPES[piece.stored.dtype], piece.target
-    if target is not None and target.dtype == dtype and target.device.type == "cpu":
-        _read_into(piece, target.view(-1).view(torch.uint8))
-        return piece.num_bytes
-    buffer = buffers.get()
+    lane = lanes.get()
     try:
-        part = buffer.space[:piece.num_bytes]
-        _read_into(piece, part)
-        buffer.hand_over(part.view(dtype).view(piece.shape), piece.store)
+        if lane.direct and target is not None and target.dtype == dtype:
+            _read_into(piece, target.view(-1).view(torch.uint8))
+        else:
+            part = lane.buffer[:piece.num_bytes]
+            _read_into(piece, part)
+            lane.enqueue(piece.store, part.view(dtype).view(piece.shape))
+            lane.wait()
     finally:
-        buffers.put(buffer)
+        lanes.put(lane)
     return piece.num_bytes
 
 

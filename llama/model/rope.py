@@ -13,14 +13,15 @@ from llama.config import LlamaConfig
 from llama.model.kernels import native
 
 
-def inverse_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
+def inverse_frequencies(config: LlamaConfig) -> Tensor:
     """Radians that each pair of dimensions turns per position: [head_dim / 2], float32.
 
     f_i = theta^(-2i/d). With `config.rope_scaling`, frequencies whose wavelength 2π/f exceeds
     original/low_freq_factor are divided by `factor`, those below original/high_freq_factor stay as they are,
-    and the band between is interpolated.
+    and the band between is interpolated. Always on the CPU: a GPU's powers may differ in the last bit, which 100,000
+    positions on is a hundredth of a radian.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:

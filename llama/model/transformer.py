@@ -138,7 +138,7 @@ class Llama(nn.Module):
         self.norm = norm("final_norm")
         tied = config.tie_word_embeddings
         self.head = self.embed if tied else linear(config.hidden_size, config.vocab_size, fmt=ends)
-        self.register_buffer("frequencies", inverse_frequencies(config, device), persistent=False)
+        self.register_buffer("frequencies", inverse_frequencies(config).to(device), persistent=False)
         self._compiled: compiled.CompiledBlocks | None = None
 
     @property

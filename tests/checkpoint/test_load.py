@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from llama.checkpoint import load
+from llama.checkpoint.lanes import HostLane
 from llama.checkpoint.layout import places
 from llama.checkpoint.load import load_model
 from llama.checkpoint.save import write_checkpoint
@@ -111,7 +111,7 @@ def test_pieces_of_a_few_rows_give_the_same_weights(tmp_path: Path, monkeypatch:
     """Large matrices are read piece by piece, of which these small ones have only one otherwise."""
     Draft().write(tmp_path)
     whole = {dtype: dict(load_model(tmp_path, dtype=dtype).named_parameters()) for dtype in DTYPES}
-    monkeypatch.setattr(load, "_PIECE_BYTES", 50)  # three rows of 16 bytes
+    monkeypatch.setattr(HostLane, "piece_bytes", 50)  # three rows of 16 bytes
     for dtype, expected in whole.items():
         assert_same(load_model(tmp_path, dtype=dtype), expected)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.checkpoint import load
+from llama.checkpoint.lanes import HostLane
 from llama.checkpoint.layout import places
 from llama.checkpoint.load import load_model
 from llama.checkpoint.safetensors import CheckpointError
@@ -143,7 +144,7 @@ def test_gradients_of_x_are_those_of_the_rounded_weights(fmt: Format) -> None:
 
 def test_small_pieces_give_the_same_blocks(checkpoints: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: load_model(checkpoints[False], weights=name) for name in FORMATS}
-    monkeypatch.setattr(load, "_PACKED_BYTES", 1)  # one block each
+    monkeypatch.setattr(HostLane, "packed_bytes", 1)  # one block each
     for name, model in whole.items():
         assert_same(load_model(checkpoints[False], weights=name), model)
 
