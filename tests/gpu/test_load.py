@@ -9,8 +9,6 @@ from llama.checkpoint.lanes import CudaLane
 from llama.checkpoint.load import load_model
 from tests.checkpoint.drafts import hugging_face
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
