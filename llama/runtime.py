@@ -40,6 +40,8 @@ from llama.toolbox import Toolbox
 
 # What the KV cache leaves of a GPU's memory, beside a tenth: for the activations of the longest step and captured graphs.
 GPU_RESERVE_BYTES = 3 << 30
+# A GPU computes thousands of tokens in the time in which a CPU computes a few dozen. Not yet tuned on one.
+GPU_LIMITS = {"max_running": 256, "step_tokens": 8192, "mixed_step_tokens": 1024}
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -94,14 +96,16 @@ class Llama:
         if tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                               f"{config.vocab_size}; they are not of one checkpoint")
-        limits = Limits(max_context=config.context_length(max_context), **(limits or {}))
+        usual = GPU_LIMITS if model.device.type == "cuda" else {}
+        limits = Limits(max_context=config.context_length(max_context), **usual | dict(limits or {}))
         if kv_cache_dtype not in (None, *QUANTISED_KV):
             raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported; give \"int8\" or \"fp8\", or nothing for "
                               "the model's own")
-        num_blocks = _num_blocks(model, limits, kv_cache_bytes, kv_cache_dtype)
+        smaller = None if draft is None else _load_draft(draft, tokenizer, model, progress)
+        num_blocks = _num_blocks(model, smaller, limits, kv_cache_bytes, kv_cache_dtype)
         proposer = PromptLookup() if prompt_lookup else None
-        if draft is not None:
-            proposer = _load_draft(draft, tokenizer, model, num_blocks, progress)
+        if smaller is not None:
+            proposer = DraftModel(smaller, num_blocks, BLOCK_SIZE)
         eos_token_ids = eos_token_ids or config.eos_token_ids
         grammars = GrammarCompiler(tokenizer, eos_token_ids)
         engine = Engine(model, limits, num_blocks, eos_token_ids, proposer, compiler=grammars,
@@ -263,12 +267,17 @@ class Llama:
             yield self.model.hidden(batch, cache)
 
 
-def _num_blocks(model: Transformer, limits: Limits, kv_cache_bytes: int | None, kv_cache_dtype: str | None) -> int:
-    """Blocks of the KV cache within its memory. Raises ConfigError if that is less than one."""
-    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(
-        kv_cache_dtype or str(model.dtype).removeprefix("torch."))
+def _num_blocks(model: Transformer, draft: Transformer | None, limits: Limits, kv_cache_bytes: int | None,
+                kv_cache_dtype: str | None) -> int:
+    """Blocks of the KV cache within its memory, which is not all there is: a draft model has as many of its own.
+    Raises ConfigError if that is less than one."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    block_bytes = BLOCK_SIZE * model.config.kv_bytes_per_token(kv_cache_dtype or dtype)
     useful = limits.max_running * -(-limits.max_context // BLOCK_SIZE)
-    budget = _cache_budget(model.device) if kv_cache_bytes is None else kv_cache_bytes
+    budget = kv_cache_bytes
+    if budget is None:
+        draft_bytes = 0 if draft is None else BLOCK_SIZE * draft.config.kv_bytes_per_token(dtype)
+        budget = _cache_budget(model.device) * block_bytes // (block_bytes + draft_bytes)
     if budget < block_bytes:
         raise ConfigError(f"{budget} bytes for the KV cache hold not one block of {BLOCK_SIZE} positions, which "
                           f"takes {block_bytes}; give kv_cache_bytes more")
@@ -283,8 +292,7 @@ def _cache_budget(device: torch.device) -> int:
     return max(torch.cuda.mem_get_info(device)[0] * 9 // 10 - GPU_RESERVE_BYTES, 0)
 
 
-def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_blocks: int, progress: bool | None
-                ) -> DraftModel:
+def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, progress: bool | None) -> Transformer:
     """The draft checkpoint, in the model's dtype and place. Raises ConfigError if it speaks another vocabulary."""
     directory = resolve(name)
     other = Tokenizer.from_directory(directory)
@@ -296,7 +304,7 @@ def _load_draft(name: str | Path, tokenizer: Tokenizer, model: Transformer, num_
     if draft.config.vocab_size != model.config.vocab_size:
         raise ConfigError(f"{directory}: the draft model has {draft.config.vocab_size} ids, the model "
                           f"{model.config.vocab_size}; give one of the same family")
-    return DraftModel(draft, num_blocks, BLOCK_SIZE)
+    return draft
 
 
 def _is_one_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-import llama
+import llama.runtime
 from llama import Completion, Llama, SamplingParams
 from llama.checkpoint.pull import DEMO
 from llama.engine.request import RequestError
@@ -270,3 +270,11 @@ def test_without_a_template_messages_are_refused(tmp_path):
         Llama.load(tmp_path).chat(HELLO)
     assert (caught.value.field, str(caught.value)) == (
         "messages", f"{tmp_path} has no chat template; use generate() with a prompt")
+
+
+def test_a_draft_models_cache_comes_out_of_the_same_memory(monkeypatch):
+    monkeypatch.setattr(llama.runtime, "available_memory", lambda: 16 << 20)
+    llm = Llama.load(DEMO, draft=DEMO)
+    caches = llm.engine.cache, llm.engine.scheduler.proposer.cache
+    spare = caches[0].keys.nbytes // (caches[0].num_blocks + 1)
+    assert 0.4 * (16 << 20) < sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) <= (8 << 20) + 4 * spare
