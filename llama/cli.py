@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from llama import __version__
 from llama.commands import UsageError
-from llama.config import DTYPE_BYTES, QUANTISED_BITS
+from llama.config import DTYPE_BYTES, STORED_FORMATS
 from llama.engine.request import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS
 from llama.flags import add_checkpoint_flags, add_engine_flags, count
 from llama.terminal import is_terminal, prepare_streams
@@ -198,7 +198,7 @@ def _add_quantize(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
         "takes the checkpoint itself. What --quantize would do at each start is done once.")
     parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or hub id")
     parser.add_argument("out", metavar="OUT", help="directory to write: one that does not exist yet, or an empty one")
-    parser.add_argument("--format", choices=tuple(QUANTISED_BITS), required=True,
+    parser.add_argument("--format", choices=STORED_FORMATS, required=True,
                         help="int8: hardly any loss; int4: less memory, more speed, some loss (llama eval measures it)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="dtype of what is not rounded, and of the KV cache; by default the checkpoint's own")

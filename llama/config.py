@@ -15,8 +15,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What keys and values may be rounded to: 8 bits, and a float32 for each head of a token.
 QUANTISED_KV = ("int8", "fp8")
 # Bits of one weight in the quantised formats (`llama.model.formats`), and those that each row has beside its weights.
-QUANTISED_BITS = {"int8": 8, "int4": 5}
-_ROW_BITS = {"int8": 32, "int4": 0}
+QUANTISED_BITS = {"int8": 8, "int4": 5, "fp8": 8}
+_ROW_BITS = {"int8": 32, "int4": 0, "fp8": 32}
+# Those that a checkpoint may be stored in; fp8 is made while it is loaded to a GPU.
+STORED_FORMATS = ("int8", "int4")
 # What `quantization_config` in a config.json of this project's own making says.
 _QUANT_METHOD = "llama-runtime"
 
@@ -331,7 +333,7 @@ def _read_quantization(raw: dict[str, Any]) -> str | None:
     settings = raw.get("quantization_config")
     if settings is None:
         return None
-    if settings not in [{"quant_method": _QUANT_METHOD, "format": name} for name in QUANTISED_BITS]:
+    if settings not in [{"quant_method": _QUANT_METHOD, "format": name} for name in STORED_FORMATS]:
         raise ConfigError(f"quantization_config {settings!r} is not supported; get the checkpoint as it was trained, and "
-                          f"round it here: llama quantize, or --quantize {' or '.join(QUANTISED_BITS)}")
+                          f"round it here: llama quantize, or --quantize {' or '.join(STORED_FORMATS)}")
     return settings["format"]

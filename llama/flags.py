@@ -17,7 +17,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=tuple(DTYPE_BYTES),
                        help="dtype of weights and KV cache; by default the checkpoint's own")
     group.add_argument("--quantize", choices=tuple(QUANTISED_BITS),
-                       help="round the weights to 8 or 4 bits while they are read: less memory, more speed, some loss")
+                       help="round the weights to 8 or 4 bits while they are read: less memory, more speed, some loss; "
+                       "fp8: on a GPU")
     group.add_argument("--kv-cache-dtype", choices=QUANTISED_KV,
                        help="keep keys and values at 8 bits: about half the memory, some loss")
     group.add_argument("--device", default="cpu", metavar="D", help="cpu (the default), cuda or cuda:N")

@@ -73,14 +73,14 @@ class Llama:
              ) -> "Llama":
         """Load a checkpoint: a directory, or a hub id such as meta-llama/Llama-3.1-8B-Instruct; None: the demo.
 
-        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. quantize: "int8" or "int4"
-        rounds the weights while they are read (`llama.model.formats`). max_context: positions at most; by default what
-        the model was made for. kv_cache_bytes: memory for keys and values; by default as much as the requests that may
-        run together can use, but at most half of what is free (of a GPU, nearly all). kv_cache_dtype: "int8" or "fp8"
+        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own. quantize: "int8", "int4" or, on a GPU,
+        "fp8" rounds the weights while they are read (`llama.model.formats`). max_context: positions at most; by default
+        what the model was made for. kv_cache_bytes: memory for keys and values; by default as much as the requests that
+        may run together can use, but at most half of what is free (of a GPU, nearly all). kv_cache_dtype: "int8" or "fp8"
         keeps them in half of it. prompt_lookup: guess repeated text ahead (`llama.engine.propose`). draft: a smaller
-        checkpoint with the same tokenizer that guesses instead (`llama.engine.draft`). deterministic: the same bits for
-        a request whatever it shares the engine with, at some cost in speed. limits: fields of
-        `llama.engine.limits.Limits` to set otherwise. progress: whether to show bars; by default on a terminal.
+        checkpoint with the same tokenizer that guesses instead (`llama.engine.draft`). deterministic: the same bits for a
+        request whatever it shares the engine with, at some cost in speed. limits: fields of `llama.engine.limits.Limits`
+        to set otherwise. progress: whether to show bars; by default on a terminal.
 
         Raises ConfigError, CheckpointError, TokenizerError, ChatError or PullError, each naming the file.
         """

@@ -108,6 +108,8 @@ def _check_weights(directory: Path, config: LlamaConfig, weights: str | None, dt
     chosen = has or weights
     if chosen == "bf16" and not in_blocks(device):
         raise CheckpointError(f"bf16 is a format of the CPU; on {device} give bfloat16 as the dtype instead")
+    if chosen == "fp8" and in_blocks(device):
+        raise CheckpointError(f"fp8 weights are for a GPU; on {device} give int8 or int4, or cuda as the device")
     if chosen is not None and dtype == "float16":
         raise CheckpointError(f"{chosen} weights compute in bfloat16 or float32; give one of them as the dtype")
 

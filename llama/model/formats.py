@@ -4,13 +4,14 @@
     int8    w = scale · q: 8 bits, one scale for each row of W; x is rounded to int8 with one scale for each token
     int4    w = scale · q + low: 4 bits, scale and low (float16) for each 32 columns of a row; x is rounded to int8 with
             one scale for each token and 32 columns
+    fp8     w = scale · q: float8_e4m3fn, one scale for each row of W; x likewise, one for each token; on a GPU only
 
 Products of integers are summed as integers, so that they are exact; everything else is float32. This is the definition:
 `llama/model/kernels/linear.c` computes the same numbers, where the machine allows it.
 
-On the CPU all three lie in blocks of 16 rows, in which what is multiplied together lies together: a vector of 64 bytes is 16 rows
-× 4 bytes of columns. A block of W is the same bytes in memory and in a quantised checkpoint.
-On a GPU integers lie row by row (`llama.model.device_linear`), and `llama/model/kernels/products.py` computes the same.
+On the CPU the first three lie in blocks of 16 rows, in which what is multiplied together lies together: a vector of 64
+bytes is 16 rows × 4 bytes of columns. A block of W is the same bytes in memory and in a quantised checkpoint. On a GPU they
+lie row by row (`llama.model.device_linear`), and `llama/model/kernels/products.py` computes the same numbers.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 @dataclass(frozen=True)
 class Format:
-    """One format. name: as flags and checkpoints say it. code: as linear.c says it. has_scale: whether there is a
+    """One format. name: as flags and checkpoints say it. code: as linear.c says it, if it does. has_scale: whether there is a
     float32 for each row beside the blocks."""
 
     name: str
@@ -90,8 +91,10 @@ class Format:
 BF16 = Format("bf16", 0, False)
 INT8 = Format("int8", 1, True)
 INT4 = Format("int4", 2, False)
-FORMATS = {each.name: each for each in (BF16, INT8, INT4)}
-QUANTISED = ("int8", "int4")
+FORMATS = {each.name: each for each in (BF16, INT8, INT4)}  # that lie in blocks: on the CPU, and in checkpoints
+FP8 = Format("fp8", 3, True)
+DEVICE_FORMATS = {each.name: each for each in (INT8, FP8, INT4)}  # that lie row by row, on a GPU
+QUANTISED = tuple(DEVICE_FORMATS)
 
 
 def fits(out_features: int, in_features: int) -> bool:

@@ -1,7 +1,8 @@
 """y = x Wᵀ: the one operation in which nearly all weights and nearly all time are spent.
 
 `Linear` keeps W as it is, in float32, bfloat16 or float16, and may be differentiated. `PackedLinear` keeps it in one of
-`llama.model.formats`. Both have the same interface; the model does not know which it has.
+`llama.model.formats` on the CPU, `DeviceLinear` (`llama.model.device_linear`) on a GPU. All have the same interface;
+the model does not know which it has.
 """
 
 import torch
@@ -9,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.model.device_linear import DeviceLinear
-from llama.model.formats import BLOCK_ROWS, FORMATS, QUANTISED, Format, fits
+from llama.model.formats import BLOCK_ROWS, DEVICE_FORMATS, FORMATS, Format, fits
 from llama.model.kernels import gpu, native
 from llama.model.memory import huge_pages
 
 # Rows of every product in deterministic mode: as many as a decode can bear.
 TILE_ROWS = 32
-# Up to so many rows W is what has to be read, and a GPU's kernel reads it once; with more, the library multiplies.
+# Up to so many rows W is what has to be read, and a GPU's kernel reads it once (products.FEW_ROWS); with more, the library
+# multiplies.
 _FEW_ROWS = 16
 # Rows of W that the definition unpacks at a time, where there are no kernels: few enough for the processor's cache.
 _PIECE_ROWS = 1024
@@ -133,9 +135,7 @@ def make_linear(in_features: int, *out_features: int, dtype: torch.dtype, device
         return Linear(in_features, sum(out_features), dtype, device)
     if in_blocks(device):
         return PackedLinear(in_features, sum(out_features), dtype, FORMATS[fmt])
-    if fmt not in QUANTISED:
-        return Linear(in_features, sum(out_features), dtype, device)
-    return DeviceLinear(in_features, sum(out_features), dtype, device, FORMATS[fmt])
+    return DeviceLinear(in_features, sum(out_features), dtype, device, DEVICE_FORMATS[fmt])
 
 
 def in_blocks(device: torch.device | str) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llama.config import LlamaConfig
 from llama.model.attention import ragged_attention, rotate_and_write
 from llama.model.cache import KVCache
+from llama.model.device_linear import DeviceLinear
 from llama.model.elementwise import add_norm, norm_scale, normalise, rms_norm, swiglu
 from llama.model.formats import QUANTISED
 from llama.model.kernels import blocks as compiled
@@ -29,7 +30,7 @@ from llama.model.ragged import RaggedBatch
 from llama.model.rope import inverse_frequencies, rotation
 from llama.model.tap import UNTOUCHED, Tap
 
-MakeLinear = Callable[..., Linear | PackedLinear]  # from in_features and the rows of each matrix in it
+MakeLinear = Callable[..., Linear | PackedLinear | DeviceLinear]  # from in_features and the rows of each matrix in it
 MakeNorm = Callable[[str], "RMSNorm"]  # from its site
 
 
@@ -166,7 +167,7 @@ class Llama(nn.Module):
         cut into steps. Without it they agree to rounding; with it, products and attention are done in small
         pieces of one shape."""
         for module in self.modules():
-            if isinstance(module, Linear | Attention | FeedForward):
+            if isinstance(module, Linear | DeviceLinear | Attention | FeedForward):
                 module.deterministic = deterministic
 
     def forward(self, batch: RaggedBatch, cache: KVCache | None = None, at: Tap = UNTOUCHED) -> Tensor:

@@ -20,7 +20,7 @@ from llama.checkpoint.safetensors import CheckpointError
 from llama.checkpoint.save import save_model
 from llama.model import linear
 from llama.model.device_linear import DeviceLinear
-from llama.model.formats import BF16, FORMATS, INT4, INT8, Format
+from llama.model.formats import BF16, FORMATS, FP8, INT4, INT8, Format
 from llama.model.linear import Linear, PackedLinear
 from llama.model.ragged import RaggedBatch
 from llama.model.transformer import Llama
@@ -273,6 +273,7 @@ def test_a_malformed_quantised_checkpoint_is_refused_by_name(name: str, quantise
 
 @pytest.mark.parametrize("options, message", [
     ({"weights": "bf16", "device": "cuda"}, "bf16 is a format of the CPU; on cuda give bfloat16 as the dtype instead"),
+    ({"weights": "fp8"}, "fp8 weights are for a GPU; on cpu give int8 or int4, or cuda as the device"),
     ({"weights": "int4", "dtype": "float16"},
      "int4 weights compute in bfloat16 or float32; give one of them as the dtype"),
     ({"weights": "bf16", "dtype": "float16"}, "bf16 weights compute in bfloat16 or float32"),
@@ -306,3 +307,22 @@ def test_row_by_row_the_weights_are_those_of_the_blocks(name: str, is_stored: bo
         assert found.get_submodule(module).rows(ids).equal(expected.get_submodule(module).rows(ids)), module
     batch = RaggedBatch.whole(IDS)
     torch.testing.assert_close(found(batch), expected(batch), rtol=2e-3, atol=2e-3)
+
+
+def test_fp8_is_made_while_it_is_read_and_leaves_embedding_and_head_in_int8(checkpoints: dict[bool, Path],
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (linear, load):
+        monkeypatch.setattr(module, "in_blocks", lambda device: False)
+    model = load_model(checkpoints[False], dtype="float32", weights="fp8")
+    inner = model.blocks[1].attention.out
+    assert (model.embed.format, model.head.format, inner.format) == (INT8, INT8, FP8)
+    assert model.config.quantization == "fp8" and model.num_bytes == model.config.num_weight_bytes("float32", "fp8")
+    w = tensors_of(checkpoints[False])["model.layers.1.self_attn.o_proj.weight"].float()
+    largest = w.abs().amax(dim=1, keepdim=True)
+    assert ((inner.unpack(slice(None)) - w).abs() <= w.abs() / 16 + largest / 448 * 2**-10).all()
+    exact = load_model(checkpoints[False], dtype="float32")(RaggedBatch.whole(IDS))
+    errors = [(load_model(checkpoints[False], dtype="float32", weights=name)(RaggedBatch.whole(IDS)) - exact).norm()
+              for name in ("int8", "fp8", "int4")]
+    assert errors == sorted(errors) and errors[-1] < exact.norm()
+    model.set_deterministic(True)
+    assert inner.deterministic

@@ -49,7 +49,7 @@ def test_the_numbers_of_8b_are_the_published_ones(llama, big, free):
     found = facts(llama("info", "--model", big, "--json"))
     assert found["parameters"] == 8_030_261_248
     assert found["weight_bytes"] == {"float32": 32_121_044_992, "bfloat16": 16_060_522_496, "float16": 16_060_522_496,
-                                     "int8": 8_037_058_560, "int4": 5_414_307_840}
+                                     "int8": 8_037_058_560, "int4": 5_414_307_840, "fp8": 8_037_058_560}
     assert found["kv_bytes_per_token"] == 131_072
     assert [row["tokens"] for row in found["contexts"]] == [8192, 32768, 131072]
     assert [row["kv_bytes"] for row in found["contexts"]] == [GIB, 4 * GIB, 16 * GIB]

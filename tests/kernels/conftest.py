@@ -22,6 +22,7 @@ def triton_everywhere(monkeypatch):
     gpu._everywhere.cache_clear()
     if os.environ.get("TRITON_INTERPRET"):
         _multiply_bfloat16(monkeypatch)
+        _round_to_fp8(monkeypatch)
     yield
     gpu._everywhere.cache_clear()
 
@@ -38,3 +39,20 @@ def _multiply_bfloat16(monkeypatch):
         return dot(self, a, b, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def _round_to_fp8(monkeypatch):
+    """Triton's interpreter does not round to the nearest of float8_e4m3fn, as a GPU and PyTorch do: let PyTorch."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def to_fp8(convert):
+        def converted(self, value, dtype, *rest):
+            if dtype.scalar != tl.float8e4nv or value.dtype.scalar != tl.float32:
+                return convert(self, value, dtype, *rest)
+            rounded = torch.from_numpy(value.data.copy()).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+        return converted
+
+    for name in ("create_fp_trunc", "create_fp_to_fp"):
+        monkeypatch.setattr(InterpreterBuilder, name, to_fp8(getattr(InterpreterBuilder, name)))

@@ -6,28 +6,52 @@ import re
 from llama.model.kernels import products
 from tests.kernels.compiling import SHARED_BYTES, compile_for_hopper
 
-# x, W, scale and low, and the shares: as Triton writes them. x_scale is always float32.
-KINDS = {"float": ("*bf16", "*bf16", "*bf16", "*fp32"), "int8": ("*i8", "*i8", "*fp32", "*i32"),
-         "int4": ("*i8", "*u8", "*fp16", "*fp32")}
+# W, and the sums of a part, as Triton writes them.
+KINDS = {"float": ("*bf16", "*fp32"), "int8": ("*i8", "*i32"), "fp8": ("*fp8e4nv", "*fp32"), "int4": ("*u8", "*fp32")}
+
+
+def product(name, tiles, is_part):
+    """A product's kernel as `_launch` would call it, for a part of the columns or for all."""
+    kind, how = name.split()
+    w, sums = KINDS[kind]
+    is_int4 = kind == "int4"
+    if how == "one" and kind in ("int8", "int4"):
+        w = "*i32"
+    types = {"x": "*i8" if is_int4 and how != "one" else w, "w": w, "out": sums if is_part else "*bf16", "rows": "i32:1",
+             "outs": "i32", "ins": "i32", "part": "i32"}
+    constants = {"ROWS": tiles.rows, "OUTS": tiles.outs, "COLUMNS": tiles.columns, "DP4A": True}
+    scales = {"x_scale": "*fp32", "scale": "*fp16", "low": "*fp16"} if is_int4 else {"x_scale": "*fp32", "scale": "*fp32"}
+    has_scales = is_int4 or kind != "float" and not is_part
+    (types if has_scales else constants).update(scales if has_scales else dict.fromkeys(scales))
+    return compile_for_hopper(products._int4_products if is_int4 else products._products, types, constants,
+                              num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+def quantise(dtype, size):
+    groups, largest = (32 if size == 32 else 1), 127.0 if dtype == "*i8" else 448.0
+    types = {"x": "*bf16", "q": dtype, "scale": "*fp32", "num_groups": "i32:1", "size": "i32"}
+    return compile_for_hopper(products._quantise, types, {"GROUPS": groups, "BLOCK": 1 << (size - 1).bit_length(),
+                              "LARGEST": largest}, num_warps=4 if size <= 4096 else 8)
 
 
 def main():
     for name, tiles in products.TILES.items():
-        kind = name.split()[0]
-        x, w, scale, parts = KINDS[kind]
-        types = {"x": x, "x_scale": "*fp32", "w": w, "scale": scale, "low": scale, "parts": parts, "rows": "i32:1",
-                 "outs": "i32", "ins": "i32", "share": "i32"}
-        constants = {"ROWS": tiles.rows, "OUTS": tiles.outs, "COLUMNS": tiles.columns}
-        kernel = products._int4_dots if kind == "int4" else products._dots
-        made = compile_for_hopper(kernel, types, constants, num_warps=tiles.warps, num_stages=tiles.stages)
-        wide = re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg.* 0x10", made.ptx)
-        for what, wrong in ((f"{made.spills} bytes spill", made.spills),
-                            (f"{made.shared} bytes shared", made.shared > SHARED_BYTES),
-                            ("no wgmma", tiles.rows > 1 and "wgmma.mma_async" not in made.ptx),
-                            # Of int4 they are narrower yet: 16 bytes are one group, and Triton deals a row out to more threads.
-                            ("no 16-byte loads", kind != "int4" and not wide)):
-            if wrong:
-                print(f"{name}: {what}")
+        kind, how = name.split()
+        for is_part in (False, True):
+            made = product(name, tiles, is_part)
+            wide = re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg.* 0x10", made.ptx)
+            for what, wrong in ((f"{made.spills} bytes spill", made.spills),
+                                (f"{made.shared} bytes shared", made.shared > SHARED_BYTES),
+                                ("no wgmma", tiles.rows > 1 and "wgmma.mma_async" not in made.ptx),
+                                ("no dp4a", how == "one" and kind.startswith("int") and "dp4a" not in made.ptx),
+                                # 128 lines of int4 are 8 bytes a thread; but these compute.
+                                ("no 16-byte loads", not wide and name != "int4 many")):
+                if wrong:
+                    print(f"{name}, is_part={is_part}: {what}")
+    for dtype, size in (("*i8", 32), ("*i8", 4096), ("*fp8e4nv", 4096), ("*fp8e4nv", 14336)):
+        made = quantise(dtype, size)
+        if made.spills:
+            print(f"rounding {size} to {dtype}: {made.spills} bytes spill")
 
 
 if __name__ == "__main__":
