@@ -28,7 +28,7 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("edits are of whole steps", "if position in where]", "if True]"),
         ("rows of a part keep the numbers that they had", "return replace(self, rows=[place for place, _ in kept]",
          "return replace(self, rows=[rows[place] for place, _ in kept]"),
-        ("selections are those of other rows", "                       _selected={})", "                       )"),
+        ("selections are those of other rows", "place=None, _selected={}, _needed={})", "place=None, _needed={})"),
         ("heads cannot be picked", "value[(rows, *place.index)]", "value[rows]"),
         ("the smallest are the largest",
          "chosen.topk(place.top, dim=-1)", "chosen.topk(place.top, dim=-1, largest=False)"),
@@ -42,8 +42,8 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("the lens says logits", ".log_softmax(dim=-1)  # [some, vocab]", "  # [some, vocab]"),
         ("all pieces of the lens are at the first positions", "here.among(range(first, first + len(some)))",
          "here.among(range(len(some)))"),
-        ("an edited pattern changes nothing", "if part.edits(names) else heads", "if False else heads"),
-        ("an edited head_out changes nothing", "if part.edits(names) else attn_out", "if False else attn_out"),
+        ("an edited pattern changes nothing", "if part.edits(*names) else heads", "if False else heads"),
+        ("an edited head_out changes nothing", "if part.edits(name) else attn_out", "if False else attn_out"),
         ("keys of the first run only", "for run in part.segment.runs]", "for run in part.segment.runs[:1]]"),
         ("an edit's rows in the order of the text", "one.where.exact.index(position) for position in positions",
          "place for place, _ in enumerate(positions)"),
@@ -78,7 +78,7 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("everybody's rows from the first", "        first += item.length\n", ""),
         ("logits of what is drawn are looked at alone", "if row not in drawn and any(", "if row in drawn and any("),
         ("captures of one are another's",
-         "zip(names, at.parts, strict=True)", "zip(names[::-1], at.parts, strict=True)"),
+         "zip(traced, at.parts, strict=True)", "zip(traced[::-1], at.parts, strict=True)"),
     ),
 }
 FAULTS = tuple(Fault(file, *fault) for file, faults in _FAULTS.items() for fault in faults)

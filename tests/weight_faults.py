@@ -25,7 +25,7 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "model/linear.py": (
         ("rows of a packed embedding are their blocks' first", "torch.arange(len(ids)), ids % BLOCK_ROWS]",
          "torch.arange(len(ids)), 0 * ids]"),
-        ("rows are stored a block late", "first = first_row // BLOCK_ROWS\n", "first = first_row // (2 * BLOCK_ROWS)\n"),
+        ("rows are stored a block late", "first = len(weight), first_row // BLOCK_ROWS\n", "first = len(weight), first_row // (2 * BLOCK_ROWS)\n"),
         ("scales of later pieces are the first's", "self.scale[first * BLOCK_ROWS:(first + count) * BLOCK_ROWS]",
          "self.scale[:count * BLOCK_ROWS]"),
         ("gradients of rounded steps", "if x.requires_grad and torch.is_grad_enabled():", "if False:"),
@@ -34,7 +34,7 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "model/kernels/native.py": (
         ("scattered x is read as if it were not", "    x = x.contiguous()\n    y = torch.empty(rows", "    y = torch.empty(rows"),
-        ("LLAMA_KERNELS is ignored", 'os.environ.get("LLAMA_KERNELS") == "torch"', "False"),
+        ("LLAMA_KERNELS is ignored", 'in ("torch", "triton"):', 'in ():'),
         ("a library is compiled where others read it", "built = Path(directory) / name", "built = target"),
         ("what cannot be loaded is a traceback", "except OSError as error:\n        return", "except KeyError as error:\n        return"),
         ("a cache that cannot be written is insisted on", "except (OSError, RuntimeError):", "except RuntimeError:"),
@@ -47,9 +47,8 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
          "in->x + r * in->stride + g * GROUP;"),
     ),
     "model/kernels/pack.c": (
-        ("packing takes the last range", "if (error < best_error) {", "if (1) {"),
-        ("packing rounds down", "_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + k), _mm512_set1_ps(factor)))",
-         "_mm512_cvttps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + k), _mm512_set1_ps(factor)))"),
+        ("packing takes the last range", "_mm512_cmp_ps_mask(error, best_error, _CMP_LT_OQ)", "0xffff"),
+        ("packing rounds down", "_mm512_cvtps_epi32(scaled)", "_mm512_cvttps_epi32(scaled)"),
     ),
     "checkpoint/layout.py": (
         ("a joined matrix is stored as its parts could be",
@@ -59,15 +58,15 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("any dtype is as good", "if place.dtype != tensor.dtype and not (place.dtype is None and is_float):", "if False:"),
     ),
     "checkpoint/load.py": (
-        ("blocks are read to where their rows would be", 'place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)',
-         "place.first_row"),
+        ("blocks are read to where their rows would be", '[place.first_row // rows_each:]',
+         "[place.first_row:]"),
         ("what is quantised is quantised otherwise", "if has is not None and wants not in (None, has):", "if False:"),
-        ("packed weights on a GPU", 'if chosen is not None and torch.device(device).type != "cpu":', "if False:"),
+        ("fp8 on a CPU", 'if chosen == "fp8" and in_blocks(device):', "if False:"),
         ("packed weights in float16", 'if chosen is not None and dtype == "float16":', "if False:"),
     ),
     "checkpoint/save.py": (
-        ("rows of blocks are saved for blocks", 'place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)',
-         "place.first_row"),
+        ("rows of blocks are saved for blocks", '[place.first_row // rows_each:]',
+         "[place.first_row:]"),
     ),
     "commands/quantize.py": (
         ("what is there is overwritten", "if out.is_dir() and any(out.iterdir()):", "if False:"),
