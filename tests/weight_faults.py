@@ -65,8 +65,8 @@ _FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("packed weights in float16", 'if chosen is not None and dtype == "float16":', "if False:"),
     ),
     "checkpoint/save.py": (
-        ("rows of blocks are saved for blocks", '[place.first_row // rows_each:]',
-         "[place.first_row:]"),
+        ("rows of blocks are saved for blocks", 'place.first_row // (BLOCK_ROWS if place.attribute == "blocks" else 1)',
+         "place.first_row"),
     ),
     "commands/quantize.py": (
         ("what is there is overwritten", "if out.is_dir() and any(out.iterdir()):", "if False:"),
