@@ -282,3 +282,31 @@ def test_cancel_of_a_stranger_finds_nothing():
     simulation.submit(request("a", [1], max_tokens=4))
     assert not simulation.scheduler.cancel("b") and not simulation.scheduler.cancel("a", 1)
     simulation.drain()
+
+
+# ---- ahead -------------------------------------------------------------------------------------------------
+
+
+def planned(num_running, *max_tokens):
+    """Scheduler and first step of requests "0", "1", ... with prompts of three that may generate so much."""
+    simulation = Simulation(Limits(max_context=64, max_running=num_running, step_tokens=16, mixed_step_tokens=8), num_blocks=40)
+    for name, most in enumerate(max_tokens):
+        simulation.submit(request(str(name), [1, 2, 3], max_tokens=most))
+    return simulation.scheduler, simulation.scheduler.plan()
+
+
+def test_who_ends_with_the_token_that_is_being_drawn_is_not_planned_ahead():
+    scheduler, plan = planned(8, 1, 2)
+    ahead = scheduler.plan_ahead(plan)
+    assert [(item.sequence.request.id, item.start, item.length) for item in ahead.scheduled] == [("1", 3, 1)]
+    assert ahead.follows == [1]
+    assert scheduler.plan_ahead(ahead) is None
+    scheduler, plan = planned(8, 1)
+    assert scheduler.plan_ahead(plan) is None
+
+
+def test_who_waits_for_the_place_of_somebody_who_ends_is_not_passed_over():
+    scheduler, plan = planned(2, 2, 2, 5)
+    assert len(scheduler.waiting) == 1 and len(scheduler.plan_ahead(plan).scheduled) == 2  # nobody's place is free yet
+    scheduler, plan = planned(2, 1, 5, 5)
+    assert len(scheduler.waiting) == 1 and scheduler.plan_ahead(plan) is None
