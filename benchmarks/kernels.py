@@ -21,12 +21,13 @@ from benchmarks.prefill import allowed
 from benchmarks.roofline import bandwidth_of, best_products
 from benchmarks.weights import Source
 from llama.config import LlamaConfig
-from llama.model.attention import ragged_attention
+from llama.engine.device import CudaDevice
+from llama.model.attention import ragged_attention, rotate_and_write
 from llama.model.cache import KVCache
 from llama.model.elementwise import swiglu
 from llama.model.linear import make_linear
 from llama.model.ragged import PagedQueries, RaggedBatch, Segment
-from llama.model.rope import inverse_frequencies, rotate, rotation
+from llama.model.rope import inverse_frequencies, rotation
 from llama.model.transformer import RMSNorm
 
 BLOCK_SIZE = 16
@@ -78,22 +79,9 @@ def timed(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> floa
             call()
 
     around()
-    replay = around if device == "cpu" else captured(around)
+    replay = around if device == "cpu" else CudaDevice().capture(around)[0]
     replay()
     return statistics.median(seconds(replay, device) for _ in range(repeats)) / len(calls)
-
-
-def captured(work: Callable[[], Any]) -> Callable[[], None]:
-    """The same work as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 # ---- subjects -------------------------------------------------------------------------------------------------------
@@ -153,9 +141,9 @@ def attention(config: LlamaConfig, args: argparse.Namespace) -> Iterator[Piece]:
 
 
 def elementwise(config: LlamaConfig, args: argparse.Namespace) -> Iterator[Piece]:
-    """What lies between the products: norm, rotation with the cache's write, SwiGLU."""
+    """What lies between the products: norm with the sum before it, rotation with the cache's write, SwiGLU."""
     device = args.device
-    frequencies = inverse_frequencies(config, device)
+    frequencies = inverse_frequencies(config).to(device)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps, torch.bfloat16, device)
     norm.weight.data.normal_(1, 0.05)
     for count in map(int, args.rows.split(",")):
@@ -169,10 +157,9 @@ def elementwise(config: LlamaConfig, args: argparse.Namespace) -> Iterator[Piece
         rotary = rotation(slots, frequencies)
 
         def rope(q=q, k=k, slots=slots, cache=cache, rotary=rotary) -> None:
-            rotate(q, *rotary)
-            cache.write(0, slots, rotate(k, *rotary), k)
+            rotate_and_write(q, k, k, rotary, cache, 0, slots)
 
-        yield Piece(f"norm, {count} rows", [lambda x=x: norm(x)] * 20, 2 * x.nbytes)
+        yield Piece(f"sum and norm, {count} rows", [lambda x=x: norm.add(x, x, "resid_mid")] * 20, 4 * x.nbytes)
         yield Piece(f"rotation and cache, {count} rows", [rope] * 20, 2 * q.nbytes + 4 * k.nbytes)
         yield Piece(f"SwiGLU, {count} rows", [lambda gate=gate, up=up: swiglu(gate, up)] * 20, 3 * gate.nbytes)
 

@@ -50,6 +50,7 @@ def read_json(body: bytes | str, place: Place = ()) -> Any:
         return value if math.isfinite(value) else flaw("is too large a number")
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object, in which a name that comes twice has a flaw for its value."""
         data = dict(pairs)
         if len(data) < len(pairs):
             seen: set[str] = set()

@@ -237,6 +237,7 @@ class AnyOf(Type):
         return ", or ".join(kind.what for kind in self.kinds if not isinstance(kind, Refused))
 
     def check(self, value: Any, place: Place) -> Any:
+        """What the first kind that takes the value makes of it. Raises FieldError: see the class."""
         errors: list[FieldError] = []
         for kind in self.kinds:
             try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama.checkpoint.layout import places
 from llama.checkpoint.safetensors import (INDEX_NAME, SINGLE_NAME, CheckpointError, encode_header,
                                           tensor_bytes)
+from llama.model.device_linear import DeviceLinear
 from llama.model.formats import BLOCK_ROWS
 from llama.model.linear import PackedLinear
 from llama.model.transformer import Llama
@@ -38,6 +39,9 @@ def save_model(model: Llama, directory: str | Path, *, max_shard_bytes: int = MA
     A checkpoint that already lies in `directory` in files of the same names is replaced. progress: whether to draw a bar
     on stderr; None does so if that is a terminal. Raises CheckpointError.
     """
+    if any(isinstance(module, DeviceLinear) for module in model.modules()):
+        raise CheckpointError("weights quantised on a GPU lie there as no checkpoint has them; load the model on the CPU to "
+                              "save it, or use llama quantize")
     config = dataclasses.replace(model.config, dtype=str(model.dtype).removeprefix("torch."))
     placed = places(config)
 
@@ -47,6 +51,7 @@ def save_model(model: Llama, directory: str | Path, *, max_shard_bytes: int = MA
             bar.add(piece.nbytes)
 
     def cut(name: str) -> Iterator[Tensor]:
+        """A stored tensor, a few rows at a time: of packed weights, what they stand for."""
         place = placed[name]
         module = model.get_submodule(place.module)
         if isinstance(module, PackedLinear) and place.attribute == "weight":

@@ -25,11 +25,10 @@ CUDNN_PIECE = 2048
 def rotate_and_write(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int,
                      slots: Tensor | None, at: Tap = UNTOUCHED) -> tuple[Tensor, Tensor]:
     """q and k, each [tokens, heads, head_dim], rotated by their positions; k, so, and v enter the cache, if there is one."""
-    if cache is not None and at is UNTOUCHED and gpu.serves(q):
-        from llama.model.kernels import rotary as kernel
+    if at is UNTOUCHED and _has_gpu_kernels(q, cache):
+        from llama.model.kernels import rotary as kernel  # needs Triton
 
-        if kernel.fits(q, cache):
-            return kernel.rotate_and_write(q, k, v, rotary, cache, layer, slots)
+        return kernel.rotate_and_write(q, k, v, rotary, cache, layer, slots)
     q, k = at("attn.q_rot", rotate(q, *rotary)), at("attn.k_rot", rotate(k, *rotary))
     if cache is not None:
         cache.write(layer, slots, k, v)
@@ -75,11 +74,8 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
     """
     if cache is None:
         return _self_attention(q, k, v, batch)
-    if gpu.serves(q):
-        from llama.model.kernels import paged
-
-        if paged.fits(q, cache):
-            return _on_gpu(q, k, v, batch, cache, layer, deterministic)
+    if _has_gpu_kernels(q, cache):
+        return _on_gpu(q, k, v, batch, cache, layer, deterministic)
     out = torch.empty_like(q)
     longest = 0 if batch.paged is None else batch.paged.longest
     if batch.paged is not None:
@@ -107,7 +103,7 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache:
 
 def _on_gpu(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cache: KVCache, layer: int, deterministic: bool) -> Tensor:
     """Triton's kernels, but for steps of long chunks alone, which cuDNN multiplies faster. Nothing waits for the device."""
-    from llama.model.kernels import paged
+    from llama.model.kernels import paged  # needs Triton
 
     if not deterministic and batch.paged is None and _suit_cudnn(q, k, v, batch):
         return _by_cudnn(q, k, v, batch, cache, layer)
@@ -148,6 +144,11 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tenso
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, heads, tokens, head_dim]
     out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
     return out[0].transpose(0, 1), log_sum.view(out.shape[1:3]).transpose(0, 1)
+
+
+def _has_gpu_kernels(q: Tensor, cache: KVCache | None) -> bool:
+    """Whether Triton's kernels compute attention over this cache, and what goes into it."""
+    return cache is not None and gpu.serves(q) and q.dtype == cache.dtype and q.shape[2] in gpu.HEAD_DIMS
 
 
 def _has_kernel(q: Tensor, cache: KVCache) -> bool:

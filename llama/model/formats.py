@@ -32,8 +32,8 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 @dataclass(frozen=True)
 class Format:
-    """One format. name: as flags and checkpoints say it. code: as linear.c says it, if it does. has_scale: whether there is a
-    float32 for each row beside the blocks."""
+    """One format. name: as flags and checkpoints say it. code: as linear.c says it, if it does. has_scale: whether there
+    is a float32 for each row beside the blocks."""
 
     name: str
     code: int

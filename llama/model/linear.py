@@ -16,9 +16,6 @@ from llama.model.memory import huge_pages
 
 # Rows of every product in deterministic mode: as many as a decode can bear.
 TILE_ROWS = 32
-# Up to so many rows W is what has to be read, and a GPU's kernel reads it once (products.FEW_ROWS); with more, the library
-# multiplies.
-_FEW_ROWS = 16
 # Rows of W that the definition unpacks at a time, where there are no kernels: few enough for the processor's cache.
 _PIECE_ROWS = 1024
 
@@ -47,7 +44,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, wide: bool = False) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features], in the dtype of the weight, or in float32 if `wide`."""
-        if gpu.serves(x) and (self.deterministic or len(x) <= _FEW_ROWS):
+        if gpu.serves(x) and (self.deterministic or len(x) <= gpu.FEW_ROWS):
             from llama.model.kernels import products  # needs Triton
 
             return products.float_product(x, self.weight, torch.float32 if wide else x.dtype, fixed=self.deterministic)

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from llama.checkpoint import load
 from tests.checkpoint.drafts import (EMBED, FIRST, HEAD, INDEX, NORM, SECOND, Draft, layer, read_file,
                                      write_file)
 
@@ -70,6 +73,17 @@ def as_index(name: str, content: str, *fragments: str) -> Case:
 def resize(path: Path, change: int) -> None:
     """Cut bytes off a file, or add zeros."""
     os.truncate(path, path.stat().st_size + change)
+
+
+def shrink_while_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a byte from a file between its check and its reading."""
+    build = load.Llama
+
+    def shrink_and_build(*arguments: object) -> load.Llama:
+        resize(path, -1)
+        return build(*arguments)
+
+    monkeypatch.setattr(load, "Llama", shrink_and_build)
 
 
 def replace(path: Path, how: Callable[[Path], object]) -> None:

@@ -17,7 +17,7 @@ from llama.checkpoint.load import load_model
 from llama.checkpoint.safetensors import CheckpointError
 from llama.model.formats import FORMATS
 from tests.checkpoint.drafts import SECOND, Draft, hugging_face
-from tests.checkpoint.spoiled import CASES, FIRST_OF_SECOND, Case, resize
+from tests.checkpoint.spoiled import CASES, FIRST_OF_SECOND, Case, shrink_while_it_is_read
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96, "head_dim": 16}
 POISON = 0xFF  # NaN in every float format
@@ -179,13 +179,7 @@ def test_buffers_are_few_and_as_large_as_the_pieces(checkpoint: Path, late: list
 def test_a_file_that_shrinks_is_an_error_and_every_lane_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                              late: list[LateLane]) -> None:
     Draft().write(tmp_path)
-    build = load.Llama
-
-    def shrink_and_build(*arguments: object) -> load.Llama:
-        resize(tmp_path / SECOND, -1)
-        return build(*arguments)
-
-    monkeypatch.setattr(load, "Llama", shrink_and_build)
+    shrink_while_it_is_read(tmp_path / SECOND, monkeypatch)
     with pytest.raises(CheckpointError, match=f"{SECOND} became shorter while tensor"):
         load_model(tmp_path)
     assert all(lane.late is None for lane in late)

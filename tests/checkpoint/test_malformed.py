@@ -9,7 +9,7 @@ from llama.checkpoint import load
 from llama.checkpoint.load import load_model
 from llama.checkpoint.safetensors import CheckpointError, read_header
 from tests.checkpoint.drafts import CONFIG, FIRST, HEAD, SECOND, Draft, write_file
-from tests.checkpoint.spoiled import CASES, FIRST_OF_SECOND, Case, resize
+from tests.checkpoint.spoiled import CASES, FIRST_OF_SECOND, Case, shrink_while_it_is_read
 
 
 def forbid(*arguments: object) -> None:
@@ -55,13 +55,7 @@ def test_an_unknown_dtype_to_load_to_is_refused(dtype: str, tmp_path: Path) -> N
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     Draft().write(tmp_path)
-    build = load.Llama
-
-    def shrink_and_build(*arguments: object) -> load.Llama:
-        resize(tmp_path / SECOND, -1)
-        return build(*arguments)
-
-    monkeypatch.setattr(load, "Llama", shrink_and_build)
+    shrink_while_it_is_read(tmp_path / SECOND, monkeypatch)
     assert f"{SECOND} became shorter while tensor '{HEAD}'" in refusal(tmp_path)
 
 

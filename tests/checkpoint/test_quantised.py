@@ -293,11 +293,12 @@ def test_what_is_quantised_stays_so(options: dict[str, str], message: str, quant
 @FORMAT
 @pytest.mark.parametrize("is_stored", [False, True], ids=["quantised while it is read", "stored in blocks"])
 def test_row_by_row_the_weights_are_those_of_the_blocks(name: str, is_stored: bool, checkpoints: dict[bool, Path],
-                                                        quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+                                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are loaded to a GPU, here on the CPU; its own numbers apart, the same logits."""
-    if is_stored and name != "int4":
-        pytest.skip("the stored checkpoint is in int4")
-    source, options = (quantised, {}) if is_stored else (checkpoints[False], {"weights": name})
+    source, options = checkpoints[False], {"weights": name}
+    if is_stored:
+        save_model(load_model(source, **options), tmp_path)
+        source, options = tmp_path, {}
     expected = load_model(source, dtype="float32", **options)
     monkeypatch.setattr(linear, "in_blocks", lambda device: False)
     found = load_model(source, dtype="float32", **options)
@@ -326,3 +327,12 @@ def test_fp8_is_made_while_it_is_read_and_leaves_embedding_and_head_in_int8(chec
     assert errors == sorted(errors) and errors[-1] < exact.norm()
     model.set_deterministic(True)
     assert inner.deterministic
+
+
+def test_weights_that_lie_row_by_row_are_not_saved_as_if_they_lay_in_blocks(checkpoints: dict[bool, Path], tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "in_blocks", lambda device: False)
+    model = load_model(checkpoints[False], weights="int8")
+    with pytest.raises(CheckpointError, match="quantised on a GPU .* load the model on the CPU to save it"):
+        save_model(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -17,18 +17,6 @@ NEAR = 5e-5
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """transformers' model."""
-    return hugging_face(TINY["8:2"])
-
-
-@pytest.fixture(scope="module")
-def model(theirs):
-    """Ours."""
-    return ours(theirs)
-
-
-@pytest.fixture(scope="module")
 def plain(model):
     """The logits of IDS."""
     return logits_of(model, IDS)

@@ -11,11 +11,10 @@ from llama.engine.propose import PromptLookup
 from llama.engine.request import TraceEvent
 from llama.internals.trace import Add, Capture, Replace, Scale, TracePlan, Zero
 from tests.engine.recording import RecordingDevice, watch
-from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
 from tests.internals.test_sites import assert_alike
 from tests.internals.traced import random_vector, request, run, small_engine
-from tests.model.pairs import hugging_face, ours, random_ids
+from tests.model.pairs import random_ids
 
 PROMPT, NEW = random_ids(21), 16
 
@@ -33,18 +32,6 @@ class PythonDevice(RecordingDevice):
             result.copy_(run())
 
         return replay, result
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    """transformers' model."""
-    return hugging_face(TINY["8:2"])
-
-
-@pytest.fixture(scope="module")
-def model(theirs):
-    """Ours."""
-    return ours(theirs)
 
 
 def events_of(model, plans, device, **chosen):

@@ -7,25 +7,12 @@ from llama.internals.gradients import gradients
 from llama.internals.lens import (ATTRIBUTION_SITES, LENS_SITES, attribute, induction_scores, logit_lens, norms,
                                   previous_token_scores)
 from llama.internals.trace import Add, PlanError, Scale, Trace, TraceError, TracePlan, Zero
-from tests.engine.running import TINY
 from tests.internals.hooked import Hooked
 from tests.internals.traced import logits_of, random_vector, request, run, small_engine
-from tests.model.pairs import difference, hugging_face, ours, random_ids
+from tests.model.pairs import difference, random_ids
 
 IDS = random_ids(19)
 NEAR = 5e-5
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    """transformers' model."""
-    return hugging_face(TINY["8:2"])
-
-
-@pytest.fixture(scope="module")
-def model(theirs):
-    """Ours."""
-    return ours(theirs)
 
 
 @pytest.fixture(scope="module")

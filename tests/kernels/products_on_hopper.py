@@ -34,6 +34,14 @@ def quantise(dtype, size):
                               "LARGEST": largest}, num_warps=4 if size <= 4096 else 8)
 
 
+def add(sums, is_scaled):
+    """The kernel that adds parts, of integers times both scales."""
+    types = {"parts": sums, "y": "*bf16", "rows": "i32:1", "outs": "i32"}
+    constants = {"COUNT": 4, "BLOCK": 1024}
+    (types if is_scaled else constants).update(dict.fromkeys(("x_scale", "scale"), "*fp32" if is_scaled else None))
+    return compile_for_hopper(products._add, types, constants, num_warps=4)
+
+
 def main():
     for name, tiles in products.TILES.items():
         kind, how = name.split()
@@ -52,6 +60,10 @@ def main():
         made = quantise(dtype, size)
         if made.spills:
             print(f"rounding {size} to {dtype}: {made.spills} bytes spill")
+    for sums, is_scaled in (("*fp32", False), ("*i32", True)):
+        made = add(sums, is_scaled)
+        if made.spills or not re.search(r"ld\.global\S*\.v4\.b32", made.ptx):
+            print(f"adding parts of {sums}: {made.spills} bytes spill, or no 16-byte loads")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,19 @@ import functools
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
+
+# Up to so many rows of x, W is what a product has to read, and a kernel reads it once. With more, a library's tiles are as
+# good, and it multiplies at its best rate.
+FEW_ROWS = 16
+# Sizes of a head that the kernels for attention and its cache take.
+HEAD_DIMS = (32, 64, 128, 256)
 
 
 def serves(x: Tensor) -> bool:
     """Whether the kernels take this tensor. They know no gradients."""
-    return (x.is_cuda or _everywhere()) and why_not() is None and not x.requires_grad
+    return (x.is_cuda or _everywhere()) and why_not() is None and not (x.requires_grad and torch.is_grad_enabled())
 
 
 @functools.cache

@@ -52,11 +52,6 @@ _CHUNKS_OF_8_BITS = _Tiles(rows=128, positions=32, warps=8, stages=4, programs=1
 _DETERMINISTIC = _Tiles(rows=64, positions=64, warps=8, stages=3, programs=132)
 
 
-def fits(q: Tensor, cache: KVCache) -> bool:
-    """Whether the kernels take heads of this size, and this dtype."""
-    return q.shape[2] in (32, 64, 128, 256) and q.dtype == cache.dtype
-
-
 def attend(q: Tensor, out: Tensor, cache: KVCache, layer: int, asked: PagedQueries | Chunks, deterministic: bool) -> None:
     """`attend` of some tokens, each over its own context in the cache: q and out are [tokens, num_heads, head_dim], contiguous,
     of which the rows of `asked` are read and written. A query that sees nothing gets zeros."""

@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.model.formats import GROUP
+from llama.model.kernels.gpu import FEW_ROWS
 
-# Up to so many rows W is what has to be read. With more, a library's tiles are as good, and it multiplies at its best rate.
-FEW_ROWS = 16
 # Programs that keep an H200 busy: two for each of its 132 multiprocessors.
 _ENOUGH_PROGRAMS = 264
 # Columns of a part in deterministic mode: 28672 × 4096 gives 896 programs, 4096 × 4096 gives 128.

@@ -10,11 +10,8 @@ from llama.model.cache import KVCache
 
 # By what `KVCache` keeps: the largest number of its format.
 _LARGEST = {None: 0, "int8": 127, "fp8": 448}
-
-
-def fits(q: Tensor, cache: KVCache) -> bool:
-    """Whether the kernel takes heads of this size, and this dtype."""
-    return q.shape[2] in (32, 64, 128, 256) and q.dtype == cache.dtype
+# Each product is rounded, as in the definition.
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 def rotate_and_write(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache, layer: int,
@@ -30,7 +27,7 @@ def rotate_and_write(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tens
     _rotate_and_write[tokens, kv_heads](
         q, k, v, *rotary, q_out, k_out, cache.keys[layer], cache.values[layer], *scales, slots, q.stride(0), k.stride(0),
         v.stride(0), GROUP=group, GROUP_ROWS=triton.next_power_of_2(group), KV_HEADS=kv_heads, HALF=head_dim // 2,
-        LARGEST=_LARGEST[cache.quantised], num_warps=1, enable_fp_fusion=False)  # each product rounded, as in the definition
+        LARGEST=_LARGEST[cache.quantised], **OPTIONS)
     return q_out, k_out
 
 
