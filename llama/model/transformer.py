@@ -140,6 +140,7 @@ class Llama(nn.Module):
         tied = config.tie_word_embeddings
         self.head = self.embed if tied else linear(config.hidden_size, config.vocab_size, fmt=ends)
         self.register_buffer("frequencies", inverse_frequencies(config).to(device), persistent=False)
+        self._are_packed = compiled.are_packed(self.blocks)
         self._compiled: compiled.CompiledBlocks | None = None
 
     @property
@@ -181,7 +182,7 @@ class Llama(nn.Module):
         """The residual stream after the last block: [tokens, hidden]."""
         rotary = rotation(batch.positions, self.frequencies)
         x = at("embed", self.embed.rows(batch.ids))  # [tokens, hidden]
-        if at is UNTOUCHED and compiled.serves(self.blocks, x, batch, cache):
+        if self._are_packed and at is UNTOUCHED and compiled.serves(x, batch, cache):
             self._compiled = self._compiled or compiled.CompiledBlocks(self.blocks)
             return self._compiled.run(x, rotary, batch, cache)
         delta = None

@@ -98,13 +98,14 @@ def test_what_a_call_is_given_stays_as_it_was(calls):
 def test_other_steps_go_block_by_block(calls):
     batch, cache = decode_of([5, 9], int8=False)
     longer = dataclasses.replace(batch, segments=(Segment(4, 2, batch.segments[0].runs),), logit_rows=None)
-    assert not compiled.serves(model_of("bf16").blocks, torch.zeros(2, 128).bfloat16(), longer, cache)
-    model = Llama(CONFIG, torch.bfloat16)  # nothing is packed
-    assert not compiled.serves(model.blocks, torch.zeros(2, 128).bfloat16(), batch, cache)
-    model = model_of("int8")
-    assert not compiled.serves(model.blocks, torch.zeros(2, 128), batch, cache)
-    assert not compiled.serves(model.blocks, torch.zeros(2, 128).bfloat16(), batch, None)
-    assert compiled.serves(model.blocks, torch.zeros(2, 128).bfloat16(), batch, cache)
+    x = torch.zeros(2, 128).bfloat16()
+    assert not compiled.serves(x, longer, cache)
+    assert not compiled.serves(x.float(), batch, cache)
+    assert not compiled.serves(x, batch, None)
+    assert not compiled.serves(x, dataclasses.replace(batch, segments=()), cache)  # as a captured step's batch is
+    assert compiled.serves(x, batch, cache)
+    Llama(CONFIG, torch.bfloat16).hidden(batch, cache)  # nothing is packed
+    assert calls == []
 
 
 @torch.inference_mode()

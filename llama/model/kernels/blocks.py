@@ -65,12 +65,16 @@ class CompiledBlocks:
         return x
 
 
-def serves(blocks: nn.ModuleList, x: Tensor, batch: RaggedBatch, cache: KVCache | None) -> bool:
-    """Whether `CompiledBlocks` computes this step: one token of each sequence, all matrices packed."""
+def are_packed(blocks: nn.ModuleList) -> bool:
+    """Whether all matrices of a model's blocks are packed, so that `CompiledBlocks` knows them."""
+    return all(isinstance(matrix, PackedLinear) for block in blocks for matrix in matrices(block))
+
+
+def serves(x: Tensor, batch: RaggedBatch, cache: KVCache | None) -> bool:
+    """Whether `CompiledBlocks` computes this step, if the matrices are packed: one token of each sequence."""
     return cache is not None and cache.dtype == torch.bfloat16 and cache.quantised != "fp8" \
         and cache.keys.shape[-1] % 32 == 0 and native.serves(x) \
-        and len(batch.segments) == len(x) and all(segment.length == 1 for segment in batch.segments) \
-        and all(isinstance(matrix, PackedLinear) for block in blocks for matrix in matrices(block))
+        and len(batch.segments) == len(x) and all(segment.length == 1 for segment in batch.segments)
 
 
 def matrices(block: nn.Module) -> Iterable[nn.Module]:
